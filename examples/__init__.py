@@ -1,0 +1,1 @@
+"""Training scripts that conf/ points to."""

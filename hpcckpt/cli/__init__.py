@@ -1,0 +1,1 @@
+"""The command line: argv, exit codes, what is printed on a terminal."""

@@ -1,0 +1,70 @@
+"""One order of DDP's gradient buckets for the whole run, so that a resumed run adds the same numbers in the same order.
+
+DDP lays its buckets out anew after the first backward pass, in the order in which gradients arrived. An uninterrupted
+run does so once, at its start; a resumed one begins again with the first layout. A ring all-reduce adds the ranks'
+gradients in an order that depends on an element's place in the bucket, and with three or more ranks floating-point
+sums depend on the order: the resumed step differs in its last bits, and so does everything after it. Measured in
+docs/decisions/0002-ddp-bucket-order.md.
+
+So the layout is settled before the first step, the same on every start: two passes over a stand-in for the model's
+forward whose gradients are all zero and arrive last parameter first, which is what DDP itself assumes until it knows
+better. Only public interfaces are used, and no parameter, optimizer or random number generator changes.
+"""
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+class _StandIn(nn.Module):
+    """Has a zero gradient for each parameter, and the last parameter's first."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__()
+        self._those = parameters  # a plain list: they stay the wrapped module's
+
+    def forward(self) -> torch.Tensor:
+        """Return 0.0; autograd runs what was recorded last first, and empty slices cost nothing."""
+        total = torch.zeros((), device=self._those[0].device)
+        for parameter in self._those:
+            total = total + parameter.reshape(-1)[:0].float().sum().to(total.device)
+        return total
+
+
+def fix_bucket_order(module: nn.Module) -> bool:
+    """Settle the buckets of every DistributedDataParallel in `module`, none of which has trained yet.
+
+    Every rank must call it. Gradients are None afterwards, as they were before. Returns whether there was anything to
+    do: one or two ranks add in one order only, and DDP keeps its first layout with find_unused_parameters. Left alone
+    are static graphs and sparse gradients, for which the stand-in would be another graph than the model's.
+    """
+    settled = False
+    for candidate in module.modules():
+        if isinstance(candidate, DistributedDataParallel) and _can_be_settled(candidate):
+            _settle(candidate)
+            settled = True
+    return settled
+
+
+def _can_be_settled(module: DistributedDataParallel) -> bool:
+    sparse = any(getattr(part, "sparse", False) for part in module.modules())
+    return (
+        module.process_group.size() > 2
+        and not module.find_unused_parameters
+        and not module.static_graph
+        and not sparse
+        and any(parameter.requires_grad for parameter in module.parameters())
+    )
+
+
+def _settle(module: DistributedDataParallel) -> None:
+    wrapped = module.module
+    module.module = _StandIn([parameter for parameter in wrapped.parameters() if parameter.requires_grad])
+    try:
+        with torch.enable_grad():
+            # The first backward pass records the order, the second forward pass applies it.
+            for _ in range(2):
+                module().backward()
+    finally:
+        module.module = wrapped
+        module.zero_grad(set_to_none=True)

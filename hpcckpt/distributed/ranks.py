@@ -1,0 +1,130 @@
+"""The process group, and the few things all ranks do together.
+
+Each method that says "every rank must call it" is a collective: all ranks, the same order. They run over gloo on the
+CPU whatever the training uses, so that they neither disturb NCCL's streams nor need a GPU.
+"""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from hpcckpt.distributed.rendezvous import DEFAULT_TIMEOUT_S, open_store
+from hpcckpt.environment import TaskEnvironment
+from hpcckpt.errors import HpcckptError, RankFailedError, TaskEnvironmentError
+
+T = TypeVar("T")
+
+
+def choose_device(task: TaskEnvironment) -> torch.device:
+    """Return this rank's device: cuda:{local_rank}, cuda:0 where each task sees one GPU only, else the CPU."""
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if visible == 0:
+        return torch.device("cpu")
+    if visible == 1 or task.local_rank < visible:
+        return torch.device("cuda", 0 if visible == 1 else task.local_rank)
+    raise TaskEnvironmentError(
+        f"rank {task.rank} is the task {task.local_rank} of its node, which has {visible} GPUs: "
+        "ask for as many GPUs as tasks a node (slurm.gpus_per_node)"
+    )
+
+
+class Ranks:
+    """A connected process group. Every rank must create one, and close it."""
+
+    def __init__(self, task: TaskEnvironment, device: torch.device, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        self.rank = task.rank
+        self.world_size = task.world_size
+        # gloo announces the address its host name resolves to, which Debian maps to 127.0.1.1.
+        if task.world_size > 1 and task.num_nodes == 1:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        self.store = open_store(task, timeout_s)
+        backend: Literal["nccl", "gloo"] = "nccl" if device.type == "cuda" else "gloo"
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("process_group", self.store),
+            rank=task.rank,
+            world_size=task.world_size,
+            timeout=timedelta(seconds=max(timeout_s, 1800)),
+        )
+        self._control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
+        self._open = True
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every rank is here. Every rank must call it."""
+        if self.world_size > 1:
+            dist.barrier(group=self._control)
+
+    def broadcast(self, value: T) -> T:
+        """Return rank 0's `value` on every rank. Every rank must call it; what the others pass is ignored."""
+        if self.world_size == 1:
+            return value
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0, group=self._control)
+        received: T = box[0]
+        return received
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's `value`, in order of rank, on every rank. Every rank must call it."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
+    def from_main(self, action: Callable[[], T]) -> T:
+        """Run `action` on rank 0 and return its result, or raise its exception, on every rank alike.
+
+        Every rank must call it. So no rank waits for a rank 0 that failed.
+        """
+        value, error = _attempt(action) if self.is_main else (None, None)
+        value, failure = self.broadcast((value, None if error is None else _portable(error)))
+        if failure is not None:
+            raise error or failure
+        return value  # type: ignore[return-value]  # None only where T allows it
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Run `action` on every rank; if any failed, raise on all: its own error where it failed, else one that names the rank.
+
+        Every rank must call it.
+        """
+        value, error = _attempt(action)
+        failures = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        for rank, failure in enumerate(failures):
+            if failure is not None:
+                raise RankFailedError(f"rank {rank} failed: {failure}")
+        return value  # type: ignore[return-value]  # None only where T allows it
+
+    def close(self) -> None:
+        """Leave the process group; harmless when called twice. Every rank must call it on a way out that all take."""
+        if self._open:
+            self._open = False
+            # Rank 0 serves the store: it goes last.
+            self.barrier()
+            dist.destroy_process_group()
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+    try:
+        return action(), None
+    except Exception as error:  # passed on to every rank, where it is raised again
+        return None, error
+
+
+def _portable(error: BaseException) -> BaseException:
+    """Return an error that pickles: one of ours or a builtin as it is, anything else by its text."""
+    if isinstance(error, HpcckptError) or type(error).__module__ == "builtins":
+        return error.with_traceback(None)
+    return RankFailedError(f"rank 0 failed: {type(error).__name__}: {error}")

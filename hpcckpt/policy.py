@@ -1,0 +1,164 @@
+"""Decisions as values: when to save, what to delete, whether to requeue. Nothing here acts.
+
+No clock, no files, no torch: every input is an argument, so every case is a row in a test's table.
+"""
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+# sysexits(3) EX_TEMPFAIL: saved, but somebody has to start the job again.
+EXIT_NOT_REQUEUED = 75
+# A run that gave up by itself; other than 1, which is a traceback.
+EXIT_GAVE_UP = 76
+# What the shell reports for a process that SIGTERM ended.
+EXIT_CANCELLED = 143
+
+Cause = Literal["time_limit", "preemption", "cancelled", "by_hand", "terminated"]
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What retention and lookup need to know of one checkpoint."""
+
+    name: str
+    epoch: int
+    step: int
+    epoch_finished: bool
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def order(self) -> tuple[int, int, bool]:
+        """Position in training; the end of an epoch comes behind a stop at its last step."""
+        return (self.step, self.epoch, self.epoch_finished)
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay; the rest may go once a newer one is durable."""
+
+    keep_last: int = 3
+    keep_best: int = 1
+    keep_every_epochs: int | None = None
+    monitor: str | None = None
+    mode: str = "min"
+
+    def best(self, infos: Iterable[CheckpointInfo]) -> list[CheckpointInfo]:
+        """Return those that have the monitored metric, best first; NaN is never best, ties go to the earlier one."""
+        if self.monitor is None:
+            return []
+        key = self.monitor
+        rated = [info for info in infos if not math.isnan(info.metrics.get(key, math.nan))]
+        sign = 1 if self.mode == "min" else -1
+        return sorted(rated, key=lambda info: (sign * info.metrics[key], info.order))
+
+    def surplus(self, infos: Sequence[CheckpointInfo], protected: Collection[str]) -> list[CheckpointInfo]:
+        """Return what may be deleted, oldest first; never a name in `protected`."""
+        ordered = sorted(infos, key=lambda info: info.order)
+        keep = {info.name for info in ordered[-self.keep_last :]} | set(protected)
+        keep |= {info.name for info in self.best(ordered)[: self.keep_best]}
+        if self.keep_every_epochs is not None:
+            keep |= {
+                info.name for info in ordered if info.epoch_finished and (info.epoch + 1) % self.keep_every_epochs == 0
+            }
+        return [info for info in ordered if info.name not in keep]
+
+
+def is_epoch_due(epoch: int, every_epochs: int, *, is_last: bool) -> bool:
+    """Return whether the end of `epoch` (0-based) is a checkpoint; the last epoch always is."""
+    return is_last or (epoch + 1) % every_epochs == 0
+
+
+def is_step_due(step: int, every_steps: int | None) -> bool:
+    """Return whether optimizer step `step` (1-based, since the beginning of the run) is a checkpoint."""
+    return every_steps is not None and step % every_steps == 0
+
+
+def stop_cause(signals: Collection[str], user_signal: str, job: Mapping[str, str] | None, remaining_s: float | None, lead_time_s: int) -> Cause:
+    """Return why a rank was signalled.
+
+    Args:
+        signals: names without SIG, of what any rank has received.
+        user_signal: `requeue.signal`.
+        job: `scontrol show job`, or None where there is no Slurm or it did not answer.
+        remaining_s: seconds to the job's time limit, or None where unknown.
+        lead_time_s: `requeue.lead_time_s`; Slurm sends the signal up to 60 s earlier.
+    """
+    state = (job or {}).get("JobState", "")
+    if state.startswith("CANCELLED"):
+        return "cancelled"
+    if state == "PREEMPTED" or (job or {}).get("PreemptTime", "None") not in ("None", "Unknown", ""):
+        return "preemption"
+    if remaining_s is not None and remaining_s <= lead_time_s + 90:
+        return "time_limit"
+    return "by_hand" if user_signal in signals else "terminated"
+
+
+@dataclass(frozen=True)
+class StopDecision:
+    """What happens after the checkpoint at a stop."""
+
+    requeue: bool
+    reason: str
+    exit_code: int
+
+
+def decide_stop(
+    cause: Cause, *, enabled: bool, requeues: int, max_requeues: int, stalled: int, max_stalled: int
+) -> StopDecision:
+    """Return whether the run goes on in another attempt.
+
+    Args:
+        cause: why it was stopped.
+        enabled: `requeue.enabled`.
+        requeues: how often this run was requeued before.
+        max_requeues: `requeue.max_requeues`.
+        stalled: attempts in a row, this one included, that got no step further.
+        max_stalled: `requeue.max_stalled`.
+    """
+    if cause == "cancelled":
+        return StopDecision(False, "the job was cancelled", EXIT_CANCELLED)
+    if cause == "terminated":
+        return StopDecision(False, "SIGTERM without a time limit or preemption in sight", EXIT_CANCELLED)
+    if not enabled:
+        return StopDecision(False, "requeue.enabled is false", EXIT_NOT_REQUEUED)
+    if requeues >= max_requeues:
+        return StopDecision(False, f"requeued {requeues} times already (requeue.max_requeues)", EXIT_GAVE_UP)
+    if stalled >= max_stalled:
+        return StopDecision(
+            False, f"{stalled} attempts in a row got no step further (requeue.max_stalled)", EXIT_GAVE_UP
+        )
+    return StopDecision(True, cause, 0)
+
+
+def count_requeues(events: Iterable[Mapping[str, Any]]) -> int:
+    """Return how often the run was requeued since its last submission."""
+    count = 0
+    for event in events:
+        if event.get("event") == "submitted":
+            count = 0
+        elif event.get("event") == "requeue":
+            count += 1
+    return count
+
+
+def count_stalled(events: Iterable[Mapping[str, Any]], step: int) -> int:
+    """Return how many attempts in a row, the running one included, ended at the step they began with.
+
+    Args:
+        events: the ledger, oldest first; the running attempt has begun but not stopped.
+        step: where the running attempt is now.
+    """
+    begun: list[int] = []
+    for event in events:
+        if event.get("event") == "submitted":
+            begun = []
+        elif event.get("event") == "restored":
+            begun.append(int(event.get("step", 0)))
+    stalled = 0
+    for start in reversed(begun):
+        if start != step:
+            break
+        stalled += 1
+    return stalled

@@ -1,0 +1,365 @@
+"""`Run`: all that a training script sees.
+
+Three places matter, the same on every rank: `run.epochs` restores before the first epoch and saves at the end of each,
+`run.batches` goes on behind the last batch that was trained on, and `run.step` (the last statement of the loop's body)
+is where a save or a stop can happen.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import DataLoader, Dataset
+
+from hpcckpt import config as configuration
+from hpcckpt import policy, requeue
+from hpcckpt.checkpoint import Checkpointer, Position, Restored
+from hpcckpt.config import RunConfig
+from hpcckpt.data import Cursor, make_loader
+from hpcckpt.distributed import Agreement, Ranks, choose_device, fix_bucket_order
+from hpcckpt.environment import TaskEnvironment
+from hpcckpt.errors import UsageError
+from hpcckpt.layout import RunLayout
+from hpcckpt.progress import INTERVAL_S, Progress
+from hpcckpt.signals import SignalLatch, children_protected
+from hpcckpt.state.rng import seed_all
+from hpcckpt.state.tracked import Tracked
+from hpcckpt.store.checkpoints import CheckpointStore
+from hpcckpt.store.durable import make_private_directory
+from hpcckpt.store.ledger import Ledger
+from hpcckpt.store.metrics import MetricsFile
+
+T = TypeVar("T")
+
+
+class Run:
+    """One rank's view of a run. Made by the launcher, or by `Run.from_environment`; a context manager.
+
+    Attributes:
+        rank, local_rank, node_rank, world_size: this process's place, as PyTorch names it.
+        device: this rank's device, cuda:N or cpu.
+        args: the user's own configuration (`args:`); `run.args.lr`.
+        run_dir: everything about the run is in it.
+        restart_count: how often this job was started anew; 0 the first time.
+        is_main: whether this is rank 0.
+    """
+
+    def __init__(self, layout: RunLayout, config: RunConfig, task: TaskEnvironment, latch: SignalLatch | None = None) -> None:
+        """Connect to the other ranks. Every rank must call it, from its main thread.
+
+        Raises:
+            RendezvousError: the ranks did not find each other.
+            RunDirectoryError: the run directory cannot be used; raised on every rank.
+        """
+        self.rank, self.local_rank, self.node_rank = task.rank, task.local_rank, task.node_rank
+        self.world_size = task.world_size
+        self.run_dir = layout.root
+        self.args: DictConfig = OmegaConf.create(config.args)
+        OmegaConf.set_struct(self.args, True)  # a misspelled name raises, instead of being None
+        self._layout, self._config, self._task = layout, config, task
+        if "OMP_NUM_THREADS" not in os.environ:
+            # The same number on every node and attempt: it decides the order of sums on the CPU.
+            torch.set_num_threads(config.slurm.cpus_per_task)
+        self.device = choose_device(task)
+        # A latch that was handed in outlives the run: behind it are submitit's handlers, which requeue.
+        self._latch = latch or SignalLatch((config.requeue.signal, "TERM"))
+        self._owns_latch = latch is None
+        self._ranks = Ranks(task, self.device)
+        self._latch.install()  # behind the process group: NCCL and submitit have handlers of their own
+        self.is_main = self._ranks.is_main
+        self._ledger = Ledger(layout.events)
+        self._metrics_file = MetricsFile(layout.metrics)
+        checkpoint = config.checkpoint
+        retention = policy.Retention(
+            checkpoint.keep_last, checkpoint.keep_best, checkpoint.keep_every_epochs, checkpoint.monitor, checkpoint.mode
+        )
+        self._store = CheckpointStore(layout, retention)
+        self.restart_count = self._ranks.from_main(self._begin_attempt)
+        self._agreement = Agreement(self._ranks.store, task.rank, task.world_size)
+        self._tracked = Tracked()
+        self._checkpointer = Checkpointer(self._ranks, layout, self._store, self._ledger, self._tracked, config.seed)
+        self._cursors: dict[str, Cursor] = {}
+        self._restored: Restored | None = None
+        self._apply_rng_in_batches = False
+        self._epoch = 0
+        self._step = 0
+        self._metrics: dict[str, float] = {}
+        # What schedulers and generators were when the epoch's batches ended, while no step has followed.
+        self._boundary: dict[str, Any] | None = None
+        self._finished = False
+        self._progress = Progress(0)
+        self._next_report = 0.0
+        self._next_save = self._save_deadline()
+        # The same initial weights on every rank and attempt.
+        seed_all(config.seed)
+
+    @classmethod
+    def from_environment(cls, run_dir: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Self:
+        """Return a Run for a script that was started by srun, torchrun or by hand, without `hpcckpt submit`.
+
+        Every rank must call it, from its main thread. The configuration is `<run_dir>/config.yaml` where there is one, with
+        `overrides` ("checkpoint.every_steps=100") over it. Use it as a context manager, or call `close` at the end.
+
+        Raises:
+            ConfigError, TaskEnvironmentError, RunDirectoryError, RendezvousError.
+        """
+        layout = RunLayout(Path(run_dir).absolute())
+        text = layout.config.read_text(encoding="utf-8") if layout.config.is_file() else "entrypoint: __main__:main"
+        merged = configuration.parse(text, list(overrides), where=str(layout.config), default_name=layout.root.name)
+        return cls(layout, configuration.resolve(merged), TaskEnvironment.from_environ(os.environ))
+
+    def track(self, **objects: Any) -> None:
+        """Have objects saved and restored under these names: models, optimizers, schedulers, anything with
+        state_dict and load_state_dict. Every rank must call it, with the same names, before `epochs`.
+
+        Raises:
+            UsageError: too late, a name is taken, or an object has no state.
+            CheckpointSaveError: an object's state could not be loaded back.
+        """
+        if self._restored is not None:
+            raise UsageError("run.track: the checkpoint is already restored; call it before run.epochs")
+        for name, value in objects.items():
+            self._tracked.add(name, value)
+            if isinstance(value, torch.nn.Module):
+                fix_bucket_order(value)
+
+    def loader(
+        self, dataset: Dataset[T], batch_size: int = 1, shuffle: bool = False, drop_last: bool = False, **arguments: Any
+    ) -> "DataLoader[T]":
+        """Return a DataLoader over this rank's share; iterate over it with `batches`. Every rank must call it.
+
+        `batch_size` is per rank; further arguments are DataLoader's. Over all ranks each sample comes once an epoch.
+
+        Raises:
+            UsageError: the dataset has no length, or an argument would replace the resumable order.
+        """
+        number = len(self._cursors)
+        loader = make_loader(
+            dataset,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            rank=self.rank,
+            world_size=self.world_size,
+            seed=self._config.seed,
+            number=number,
+            **arguments,
+        )
+        cursor = loader.batch_sampler
+        assert isinstance(cursor, Cursor)
+        self._cursors[str(number)] = cursor
+        self._place(str(number))
+        return loader
+
+    def epochs(self, total: int) -> Iterator[int]:
+        """Yield the epochs that are left of 0 … total-1; restore before the first, save at the end of each.
+
+        Every rank must iterate over it, once.
+
+        Raises:
+            UsageError: nothing is tracked, or called twice.
+            CheckpointCorruptError, CheckpointMismatchError, CheckpointSaveError: on every rank.
+        """
+        self._restore()
+        self._progress = Progress(total)
+        while self._epoch < total:
+            self._metrics = {}
+            yield self._epoch
+            self._end_epoch(is_last=self._epoch + 1 >= total)
+        self._finished = True
+
+    def batches(self, loader: "DataLoader[T]") -> Iterator[T]:
+        """Yield the batches of this epoch that were not trained on yet. Every rank must iterate over it.
+
+        Raises:
+            UsageError: the loader was not made by `run.loader`, or there is no epoch yet.
+        """
+        cursor = loader.batch_sampler
+        if not isinstance(cursor, Cursor):
+            raise UsageError("run.batches: this DataLoader was not made by run.loader, so its position is unknown; make it with run.loader")
+        if self._restored is None:
+            raise UsageError("run.batches: call it inside of `for epoch in run.epochs(…)`")
+        cursor.begin(self._epoch)
+        # Slurm signals every process of the job; a worker would die of USR1.
+        with children_protected((self._config.requeue.signal,)):
+            iterator = iter(loader)
+        if self._apply_rng_in_batches:
+            # What the script drew since the restore was drawn before the interruption as well.
+            self._apply_rng_in_batches = False
+            self._restored.apply_rng()
+        for batch in iterator:
+            cursor.advance()
+            yield batch
+        self._boundary = self._checkpointer.small_state()
+
+    def step(self) -> None:
+        """Say that one optimizer step is done; the last statement of the loop's body. Every rank must call it.
+
+        May save, or save and leave by SystemExit. Costs microseconds otherwise.
+        """
+        self._step += 1
+        self._boundary = None
+        due = policy.is_step_due(self._step, self._config.checkpoint.every_steps)
+        self._act(Position(self._epoch, self._step, epoch_finished=False), due="every_steps" if due else None)
+
+    def poll(self) -> None:
+        """Give a stop the chance to happen in a long loop without training steps. Every rank must call it equally often.
+
+        A stop here saves the state behind the last training step; evaluation begins again after the restart.
+        """
+        self._act(Position(self._epoch, self._step, epoch_finished=False))
+
+    def log(self, **values: Any) -> None:
+        """Record values of the step in progress (numbers or one-element tensors) in metrics.jsonl; rank 0's count.
+
+        Call it before `step`. Nothing is written or waited for here.
+        """
+        if self.is_main:
+            self._metrics_file.add("log", self._epoch, self._step + 1, values)
+
+    def report(self, **metrics: Any) -> None:
+        """Record metrics of this epoch: in metrics.jsonl and in its checkpoint, where `checkpoint.monitor` looks; rank 0's count."""
+        plain = {name: float(value) for name, value in metrics.items()}
+        self._metrics.update(plain)
+        if self.is_main:
+            self._metrics_file.add("report", self._epoch, self._step, plain)
+            self._report_progress()
+
+    def close(self) -> None:
+        """Leave the other ranks in order; harmless when called twice. Every rank must call it."""
+        if self.is_main:
+            self._metrics_file.flush()
+            self._ledger.append("finished" if self._finished else "left", epoch=self._epoch, step=self._step)
+        self._disconnect()
+        self._restore_signals()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+        elif isinstance(error, Exception):
+            # The other ranks learn of it from their next collective: this process ends, and with it its connections.
+            self._ledger.append("failed", rank=self.rank, step=self._step, error=f"{type(error).__name__}: {error}")
+            if self.is_main:
+                with suppress(OSError):
+                    self._metrics_file.flush()
+            self._agreement.close(timeout_s=1)
+            self._restore_signals()
+
+    def _begin_attempt(self) -> int:
+        """Claim the run directory and write the ledger's first line of this attempt; returns restart_count. Rank 0."""
+        make_private_directory(self.run_dir)
+        generation = self._store.claim(self._task.job_id)
+        restart_count = self._task.restart_count
+        if restart_count is None:
+            attempts = [event for event in self._ledger.events() if event["event"] == "attempt"]
+            restart_count = sum(event.get("job_id") == self._task.job_id for event in attempts)
+        self._ledger.append(
+            "attempt",
+            generation=generation,
+            job_id=self._task.job_id,
+            restart_count=restart_count,
+            world_size=self.world_size,
+            num_nodes=self._task.num_nodes,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            device=str(self.device),
+        )
+        return restart_count
+
+    def _restore(self) -> None:
+        if self._restored is not None:
+            raise UsageError("run.epochs: it was called before; a run has one loop over epochs")
+        if not self._tracked:
+            raise UsageError("run.epochs: nothing is tracked, so nothing would be saved; call run.track(model=…, optimizer=…) before")
+        self._restored = restored = self._checkpointer.restore()
+        if restored.position is not None:
+            self._step = restored.position.step
+            self._epoch = restored.position.epoch + restored.position.epoch_finished
+            self._apply_rng_in_batches = not restored.position.epoch_finished
+            self._metrics = dict(restored.metrics)
+            for number in self._cursors:
+                self._place(number)
+        if self.is_main:
+            self._metrics_file.cut_back(self._step, self._epoch)
+            file = None if restored.path is None else restored.path.name
+            self._ledger.append("restored", file=file, epoch=self._epoch, step=self._step, notes=restored.notes)
+            whence = "from the beginning" if restored.path is None else f"behind {restored.position or 'the weights'} of {restored.path}"
+            print(f"hpcckpt: attempt {self.restart_count + 1} of job {self._task.job_id}, {self.world_size} ranks: goes on {whence}", flush=True)
+            for note in restored.notes:
+                print(f"hpcckpt: note: {note}", flush=True)
+        self._next_save = self._save_deadline()
+        restored.apply_rng()
+
+    def _place(self, number: str) -> None:
+        """Put a loader where the checkpoint was, if that was within the epoch that is about to be continued."""
+        if self._restored is not None and self._apply_rng_in_batches and number in self._restored.loaders:
+            self._cursors[number].restore(self._restored.loaders[number])
+
+    def _end_epoch(self, *, is_last: bool) -> None:
+        self._boundary = None
+        self._apply_rng_in_batches = False
+        position = Position(self._epoch, self._step, epoch_finished=True)
+        if policy.is_epoch_due(self._epoch, self._config.checkpoint.every_epochs, is_last=is_last):
+            self._save(position, "every_epochs")
+        if not is_last:
+            self._act(position)
+        self._epoch += 1
+
+    def _act(self, position: Position, due: Literal["every_steps"] | None = None) -> None:
+        """Count a tick of the agreement and do what all ranks have to do now, if anything."""
+        if self._latch.fired:
+            self._agreement.wish("stop")
+        elif self._next_save is not None and time.monotonic() >= self._next_save:
+            self._agreement.wish("save")
+        wish = self._agreement.tick()
+        if wish == "stop":
+            self._stop(position)
+        elif wish == "save" or due is not None:
+            self._save(position, due or "every_minutes")
+        elif self.is_main and time.monotonic() >= self._next_report:
+            self._report_progress()
+
+    def _save(self, position: Position, reason: str) -> None:
+        if self.is_main:
+            self._report_progress()
+        loaders = {} if position.epoch_finished else {number: cursor.position() for number, cursor in self._cursors.items()}
+        self._checkpointer.save(position, self._metrics, loaders, reason, self._boundary)
+        self._next_save = self._save_deadline()
+
+    def _stop(self, position: Position) -> None:
+        self._save(position, "stop")
+        stop = requeue.decide(self._ranks, self._task, self._config.requeue, self._ledger, self._latch.received(), self._step)
+        self._disconnect()
+        how_to_go_on = f"To go on: python -m hpcckpt.submit conf={self._layout.config}"
+        requeue.leave(stop, self._task, self._ledger, self._step, how_to_go_on)
+
+    def _disconnect(self) -> None:
+        self._ranks.barrier()
+        self._agreement.close()
+        self._ranks.close()
+
+    def _restore_signals(self) -> None:
+        # Not on the way out of a stop: a second signal there must stay harmless.
+        if self._owns_latch:
+            self._latch.restore()
+
+    def _report_progress(self) -> None:
+        self._next_report = time.monotonic() + INTERVAL_S
+        values = self._metrics_file.flush()
+        if values:
+            print(self._progress.line(self._epoch, self._step, values), flush=True)
+
+    def _save_deadline(self) -> float | None:
+        minutes = self._config.checkpoint.every_minutes
+        # Rank 0's clock counts: clocks of ranks need not agree.
+        return time.monotonic() + minutes * 60 if minutes is not None and self.is_main else None

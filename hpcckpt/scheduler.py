@@ -1,0 +1,130 @@
+"""Slurm's commands, and every other child process. Sole owner of `subprocess`.
+
+Nothing here decides. Commands get arguments as a list, never a shell; each has a deadline.
+"""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from hpcckpt.environment import submission_environ
+from hpcckpt.errors import SchedulerError, SubmissionError
+
+COMMAND_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Completed:
+    """What a command did; returncode is negative for the signal that ended it."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_command(
+    argv: Sequence[str], *, environ: Mapping[str, str] | None = None, stdin: str = "", timeout_s: float = COMMAND_TIMEOUT_S
+) -> Completed:
+    """Run a command to its end, with `stdin` as its standard input.
+
+    Raises:
+        SchedulerError: the program is not there, or did not end in time (it is killed then).
+    """
+    try:
+        done = subprocess.run(
+            list(argv),
+            env=None if environ is None else dict(environ),
+            input=stdin,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+        )
+    except FileNotFoundError:
+        raise SchedulerError(f"{argv[0]}: no such program on PATH; is this a machine with Slurm's commands?") from None
+    except subprocess.TimeoutExpired:
+        raise SchedulerError(f"`{' '.join(argv)}` gave no answer in {timeout_s:g} s; is Slurm's controller up?") from None
+    return Completed(done.returncode, done.stdout, done.stderr.strip())
+
+
+def has_slurm() -> bool:
+    """Return whether jobs can be submitted to Slurm from here."""
+    return shutil.which("sbatch") is not None
+
+
+def job_fields(job_id: str) -> dict[str, str] | None:
+    """Return `scontrol show job` as a mapping, or None when Slurm does not know the job any more.
+
+    Raises:
+        SchedulerError: scontrol is missing or the controller does not answer.
+    """
+    done = run_command(["scontrol", "show", "job", "--oneliner", job_id])
+    if done.returncode != 0:
+        if "Invalid job id" in done.stderr:
+            return None
+        raise SchedulerError(f"scontrol show job {job_id}: {done.stderr or done.returncode}; is Slurm's controller up?")
+    lines = done.stdout.splitlines()
+    return parse_job_fields(lines[0]) if lines else None
+
+
+def parse_job_fields(line: str) -> dict[str, str]:
+    """Return the Key=Value words of one line of scontrol; a value with spaces keeps its first word only."""
+    return dict(word.split("=", maxsplit=1) for word in line.split() if "=" in word)
+
+
+def remaining_s(fields: Mapping[str, str], now: datetime) -> float | None:
+    """Return seconds from `now` (local time, as Slurm prints) to the job's time limit; None when it has none."""
+    try:
+        return (datetime.fromisoformat(fields.get("EndTime", "")) - now).total_seconds()
+    except ValueError:
+        return None
+
+
+def is_live(job_id: str) -> bool:
+    """Return whether a job still waits or runs (its processes may still write).
+
+    Raises:
+        SchedulerError: as `job_fields`.
+    """
+    fields = job_fields(job_id)
+    return fields is not None and fields.get("JobState", "") in {
+        "PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "STAGE_OUT", "SIGNALING", "STOPPED",
+        "RESIZING", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT",
+    }  # fmt: skip
+
+
+def requeue(job_id: str) -> None:
+    """Ask Slurm to start this job anew: same id, same script. The caller is the job's own rank 0.
+
+    Slurm answers and at once sends SIGTERM to every process of the job, scontrol included, so an scontrol that died
+    of a signal tells nothing: then the job's own state does.
+
+    Raises:
+        SchedulerError: Slurm refused (its message is passed on) or did not answer.
+    """
+    done = run_command(["scontrol", "requeue", job_id])
+    if done.returncode == 0 or (done.returncode < 0 and _was_requeued(job_id)):
+        return
+    raise SchedulerError(f"scontrol requeue {job_id}: {done.stderr or f'ended with {done.returncode}'}")
+
+
+def _was_requeued(job_id: str) -> bool:
+    fields = job_fields(job_id)
+    # RUNNING with nothing pending is the one state in which the request cannot have arrived.
+    return fields is not None and fields.get("JobState") != "RUNNING"
+
+
+def check_script(script: str) -> None:
+    """Let sbatch check a batch script without submitting it.
+
+    Raises:
+        SubmissionError: sbatch would refuse it; its own message is passed on.
+        SchedulerError: sbatch is missing or gave no answer.
+    """
+    done = run_command(["sbatch", "--test-only"], environ=submission_environ(os.environ), stdin=script)
+    if done.returncode != 0:
+        raise SubmissionError(f"sbatch refused the job: {' '.join(done.stderr.split())}")

@@ -1,0 +1,93 @@
+"""Signals are latched, nothing else.
+
+A Python signal handler runs between two bytecodes of the main thread, wherever that happens to be: inside a save,
+inside a collective, inside the logging lock. So ours notes the signal and returns, and training looks at the note at
+its next step. Everything that takes time or a lock happens there.
+
+Each signal has a note of its own: Slurm sends SIGCONT and SIGTERM together, and the order in which Python runs their
+handlers varies. SIGCONT needs no handler at all.
+"""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+from hpcckpt.errors import UsageError
+
+
+class SignalLatch:
+    """Latches signals from `install` to `restore`; also a context manager.
+
+    Only the main thread may install it, since only there Python runs handlers.
+    """
+
+    def __init__(self, names: Sequence[str] = ("USR1", "TERM")) -> None:
+        self._signals = [signal.Signals[f"SIG{name}"] for name in names]
+        self._previous: dict[signal.Signals, Any] = {}
+        self._counts: dict[int, int] = {}
+        # Read on every step: a plain attribute, no call.
+        self.fired = False
+
+    def install(self) -> None:
+        """Take the signals over; again after a library (NCCL, submitit) may have taken them away.
+
+        Raises:
+            UsageError: called from another thread than the main one.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            raise UsageError("signals can only be latched from the main thread; create the Run there")
+        for number in self._signals:
+            previous = signal.signal(number, self._note)
+            if previous != self._note:
+                self._previous.setdefault(number, previous)
+
+    def restore(self) -> None:
+        """Put the former handlers back; harmless when called twice."""
+        while self._previous:
+            number, handler = self._previous.popitem()
+            # None: installed from C, which Python cannot put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def received(self) -> tuple[str, ...]:
+        """Return the names, without SIG, of the signals that came."""
+        return tuple(signal.Signals(number).name.removeprefix("SIG") for number in sorted(self._counts))
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._counts[number] = self._counts.get(number, 0) + 1
+        self.fired = True
+
+    def __enter__(self) -> Self:
+        self.install()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.restore()
+
+
+@contextlib.contextmanager
+def children_protected(names: Sequence[str] = ("USR1", "TERM")) -> Iterator[None]:
+    """Make processes that are started inside never see these signals: Slurm sends them to DataLoader workers too.
+
+    A blocked mask is inherited over fork and exec alike, where a handler or a worker_init_fn would come too late.
+    Signals that arrive meanwhile are delivered to this process on leaving. A child that must end on SIGTERM
+    (DataLoader's do, when they are terminated) needs `names` without it.
+    """
+    numbers = {signal.Signals[f"SIG{name}"] for name in names}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def interrupt_raises() -> Iterator[None]:
+    """Make Ctrl-C raise KeyboardInterrupt inside, also where a parent made us ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

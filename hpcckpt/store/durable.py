@@ -1,0 +1,157 @@
+"""Writing a file so that its name never shows anything but a complete, durable content.
+
+Order: temporary file in the same directory -> data -> fsync -> rename -> fsync of the directory. A crash at any
+instant leaves the old content under the name, or the new one. (rename(2), fsync(2): without the last step the rename
+itself may be lost with the power.)
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from hpcckpt.errors import CheckpointCorruptError, RunDirectoryError
+from hpcckpt.layout import TEMPORARY_PREFIX
+
+_JSON_LIMIT_BYTES = 16 * 1024 * 1024
+_READ_BYTES = 4 * 1024 * 1024
+
+
+class DigestingFile(io.RawIOBase):
+    """A write-only file that knows size and SHA-256 of what went through it, without reading it again."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._file = open(descriptor, "wb", buffering=0)  # noqa: SIM115 - closed by close()
+        self._hash = hashlib.sha256()
+        self.size_bytes = 0
+
+    def writable(self) -> bool:
+        """Return True."""
+        return True
+
+    def write(self, data: Any, /) -> int:
+        """Write all of `data`; a short write would tear the digest from the file."""
+        view = memoryview(data).cast("B")
+        self._hash.update(view)
+        self.size_bytes += len(view)
+        rest = view
+        while rest:
+            rest = rest[self._file.write(rest) or 0 :]
+        return len(view)
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._file.fileno()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        super().close()
+
+    @property
+    def digest(self) -> str:
+        """The digest so far, with its algorithm: "sha256:…"."""
+        return f"sha256:{self._hash.hexdigest()}"
+
+
+def make_private_directory(path: Path) -> None:
+    """Create a directory of mode 0700, parents included, or accept one that is ours.
+
+    Raises:
+        RunDirectoryError: it cannot be made, is no directory, or belongs to somebody else.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.stat()
+    except OSError as error:
+        raise RunDirectoryError(f"{path}: cannot be made ({error.strerror}); choose another run_dir") from None
+    if status.st_uid != os.geteuid():
+        raise RunDirectoryError(f"{path}: belongs to user {status.st_uid}, not to you; choose another run_dir")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise RunDirectoryError(f"{path}: is not writable; choose another run_dir, or mend its mode")
+
+
+def write_durably(path: Path, write: Callable[[IO[bytes]], None]) -> tuple[int, str]:
+    """Let `write` fill a file that then appears at `path`, durable; returns (size in bytes, digest).
+
+    Raises:
+        OSError: from the file system; `path` is as it was.
+    """
+    temporary = path.parent / f"{TEMPORARY_PREFIX}{path.name}.{secrets.token_hex(4)}"
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        with DigestingFile(descriptor) as file:
+            write(file)  # type: ignore[arg-type]  # RawIOBase has all that a writer calls
+            os.fsync(descriptor)
+        os.rename(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    sync_directory(path.parent)
+    return file.size_bytes, file.digest
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a small file durably; as `write_durably`."""
+
+    def write(file: IO[bytes]) -> None:
+        file.write(data)
+
+    write_durably(path, write)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a small JSON file durably; as `write_durably`."""
+    write_bytes(path, json.dumps(value, indent=1).encode() + b"\n")
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file, or None when there is none; does not follow a symlink.
+
+    Raises:
+        CheckpointCorruptError: it is not JSON, is absurdly large, or is no regular file of ours.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise CheckpointCorruptError(f"{path}: cannot be read ({error.strerror})") from None
+    with open(descriptor, "rb") as file:
+        try:
+            return json.loads(file.read(_JSON_LIMIT_BYTES))
+        except (ValueError, OSError) as error:
+            raise CheckpointCorruptError(f"{path}: is not what hpcckpt wrote there ({error})") from None
+
+
+def file_digest(path: Path) -> tuple[int, str]:
+    """Return (size in bytes, digest) of a file; does not follow a symlink.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    size, digest = 0, hashlib.sha256()
+    with open(descriptor, "rb", buffering=0) as file:
+        buffer = bytearray(_READ_BYTES)
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+            size += count
+    return size, f"sha256:{digest.hexdigest()}"
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames and unlinks in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+

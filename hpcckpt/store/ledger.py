@@ -1,0 +1,51 @@
+"""The ledger: one line of JSON for everything that happens to a run. Append-only, readable while it is written."""
+
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+
+class Ledger:
+    """Appends to and reads `events.jsonl`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def append(self, event: str, /, **fields: Any) -> None:
+        """Add one event, durably: what a later attempt counts (requeues, progress) must survive this one.
+
+        Any rank may call it: a single write to a file opened for appending is one line. An event must never stop a
+        run, so a full disk costs the line and nothing else.
+        """
+        line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, default=str) + "\n"
+        with contextlib.suppress(OSError):
+            descriptor = os.open(
+                self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+            )
+            try:
+                os.write(descriptor, line.encode())
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return all events, oldest first; a line that a crash cut off is left out."""
+        return read_lines(self._path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a JSON-lines file; no file is no lines, a damaged line is left out."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    objects = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            value = json.loads(line)
+            if isinstance(value, dict):
+                objects.append(value)
+    return objects

@@ -1,0 +1,97 @@
+"""`python -m hpcckpt.submit conf=exp.yaml [key=value …]`: start a run, on Slurm or on this machine."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+EXIT_OK = 0
+EXIT_BAD_INPUT = 2
+EXIT_NOT_SUBMITTED = 3
+EXIT_RUN_FAILED = 1
+EXIT_DETACHED = 130
+
+_EPILOG = """\
+conf= is a path, or a bare name in conf/. Everything else is key=value over that file, as in
+  python -m hpcckpt.submit conf=digits args.lr=0.05 slurm.nodes=2 slurm.partition=gpu
+
+going on:   the same command again goes on from the newest checkpoint
+            resume.epoch=5 goes on after epoch 5; resume.step=…; resume.from=latest|best|none|PATH
+
+exit codes: 0 submitted (on this machine: finished), 1 the run failed, 2 bad input, 3 Slurm refused,
+            130 Ctrl-C while watching (the run goes on)
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Submit; returns the exit code. Prints one line on stderr, never a traceback, for a user's mistake."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hpcckpt.submit",
+        description="Start a run described by a configuration file, on Slurm or on this machine.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="conf=FILE and overrides of its keys")
+    parser.add_argument("--dry-run", action="store_true", help="print the batch script and submit nothing")
+    parser.add_argument("--print-config", action="store_true", help="print the merged configuration and submit nothing")
+    options = parser.parse_intermixed_args(sys.argv[1:] if argv is None else list(argv))
+    # Behind the parser: --help needs none of it.
+    from hpcckpt.errors import HpcckptError, SchedulerError  # noqa: PLC0415 - start-up time
+
+    try:
+        return _submit(options.settings, dry_run=options.dry_run, print_config=options.print_config)
+    except HpcckptError as error:
+        print(f"hpcckpt: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_NOT_SUBMITTED if isinstance(error, SchedulerError) else EXIT_BAD_INPUT
+
+
+def _submit(settings: Sequence[str], *, dry_run: bool, print_config: bool) -> int:
+    from hpcckpt import config, launch  # noqa: PLC0415 - start-up time
+    from hpcckpt.errors import ConfigError  # noqa: PLC0415 - start-up time
+
+    files = [setting.removeprefix("conf=") for setting in settings if setting.startswith("conf=")]
+    if len(files) != 1 or not files[0]:
+        raise ConfigError("give one configuration as conf=FILE, as in `python -m hpcckpt.submit conf=exp.yaml`")
+    path = config.find_file(files[0], Path("conf"))
+    merged = config.load(path, [setting for setting in settings if not setting.startswith("conf=")])
+    if print_config:
+        print(config.dump(merged), end="")
+        return EXIT_OK
+    if dry_run:
+        print(launch.batch_script(config.resolve(merged, str(path))), end="")
+        return EXIT_OK
+    job = launch.submit(merged, str(path))
+    print(job.job_id, flush=True)
+    if job.cluster == "slurm":
+        return EXIT_OK
+    return _watch(job)
+
+
+def _watch(job: "launch.Submitted") -> int:  # type: ignore[name-defined]  # noqa: F821 - imported above, lazily
+    from hpcckpt import launch  # noqa: PLC0415 - start-up time
+    from hpcckpt.signals import interrupt_raises  # noqa: PLC0415 - start-up time
+
+    def show(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    log = launch.layout_log(job)
+    try:
+        with interrupt_raises():
+            finished = launch.follow(job, show)
+    except KeyboardInterrupt:
+        print(
+            f"\nhpcckpt: no longer watching; job {job.job_id} goes on. To watch again: tail -f {log}; to end it: kill {job.job_id}",
+            file=sys.stderr,
+        )
+        return EXIT_DETACHED
+    if finished:
+        return EXIT_OK
+    event = launch.last_event(job.layout)
+    why = event.get("error") or event.get("reason") or f"its last event is {event.get('event')}"
+    print(f"hpcckpt: the run did not finish: {why}; see {log} and the logs of the other ranks beside it", file=sys.stderr)
+    return EXIT_RUN_FAILED
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
