@@ -35,7 +35,7 @@ def accuracy(model: nn.Module, x: torch.Tensor, y: torch.Tensor, device: torch.d
     model.eval()
     right = (model(x.to(device)).argmax(1) == y.to(device)).float().mean()
     model.train()
-    return right.item()
+    return float(right)
 
 
 def main(run: hpcckpt.Run) -> None:
@@ -51,7 +51,7 @@ def main(run: hpcckpt.Run) -> None:
         for x, y in run.batches(loader):
             loss = cross_entropy(model(x.to(run.device)), y.to(run.device))
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             time.sleep(args.step_s)
             run.log(loss=loss.detach())

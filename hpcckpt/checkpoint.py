@@ -104,7 +104,7 @@ class Checkpointer:
             seed = derive_seed(self._seed, "rank", self._ranks.rank)
             return Restored(apply_rng=lambda: seed_all(seed))
         path, weights_only = Path(chosen[0]), chosen[1]
-        return self._ranks.together(lambda: self._load(path, weights_only))
+        return self._ranks.together(lambda: self._load(path, weights_only=weights_only))
 
     def _commit(
         self,
@@ -136,9 +136,9 @@ class Checkpointer:
         path = self._store.commit(
             position.epoch,
             position.step,
-            position.epoch_finished,
-            lambda file: torch.save(content, file),
-            {
+            epoch_finished=position.epoch_finished,
+            write=lambda file: torch.save(content, file),
+            manifest={
                 "metrics": metrics,
                 "world_size": self._ranks.world_size,
                 "saved_with_wrapper": content["saved_with_wrapper"],
@@ -158,7 +158,7 @@ class Checkpointer:
             return request["origin"], bool(request["weights_only"])
         return None
 
-    def _load(self, path: Path, weights_only: bool) -> Restored:
+    def _load(self, path: Path, *, weights_only: bool) -> Restored:
         try:
             # Onto the CPU whatever it was saved from: each object moves its state to its own device.
             content = torch.load(path, map_location="cpu", weights_only=True)

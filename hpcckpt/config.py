@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -166,10 +166,9 @@ def parse(text: str, overrides: Sequence[str] = (), *, where: str = "configurati
         raise ConfigError(f"{where}: {_first_line(error)}") from None
     if not isinstance(given, DictConfig):
         raise ConfigError(f"{where}: a list at the top; write `key: value` lines")
-    merged = OmegaConf.merge(_schema(default_name), _checked(given, where))
+    merged = _merge(_schema(default_name), _checked(given, where))
     for override in overrides:
-        merged = OmegaConf.merge(merged, _checked(_override(override), f"command line: {override}"))
-    assert isinstance(merged, DictConfig)
+        merged = _merge(merged, _checked(_override(override), f"command line: {override}"))
     # Types and sense are those of the whole; the place is the file unless an override is to blame.
     check(resolve(merged, where), where)
     return merged
@@ -182,20 +181,17 @@ def resolve(config: DictConfig, where: str = "configuration") -> RunConfig:
         ConfigError: an interpolation leads nowhere, or a required key is missing.
     """
     try:
-        resolved = OmegaConf.to_object(config)
+        return cast(RunConfig, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
         key = _key(getattr(error, "full_key", None) or "")
         if key and not isinstance(error.__cause__, Exception) and "mandatory" in str(error).lower():
             raise ConfigError(f"{where}: {key} is missing; add `{key}: {_example(key)}`") from None
         raise ConfigError(f"{where}: {key}: {_first_line(error)}") from None
-    assert isinstance(resolved, RunConfig)
-    return resolved
 
 
 def dump(config: DictConfig) -> str:
     """Return YAML that `parse` reads back; interpolations stay unresolved, so secrets from the environment stay out."""
-    plain = OmegaConf.to_container(config, resolve=False)
-    assert isinstance(plain, dict)
+    plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=False))
     text: str = yaml.safe_dump(_renamed(plain, _KEY_OF_FIELD), sort_keys=False, allow_unicode=True)
     return text
 
@@ -295,8 +291,11 @@ def _strings(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
 def _schema(default_name: str) -> DictConfig:
     schema = OmegaConf.structured(RunConfig)
     schema.name = default_name
-    assert isinstance(schema, DictConfig)
-    return schema
+    return cast(DictConfig, schema)
+
+
+def _merge(under: DictConfig, over: DictConfig) -> DictConfig:
+    return cast(DictConfig, OmegaConf.merge(under, over))
 
 
 def _override(text: str) -> DictConfig:
@@ -304,19 +303,19 @@ def _override(text: str) -> DictConfig:
     if not separator or not key.strip():
         raise ConfigError(f"command line: {text!r} is not of the form key=value, as in args.lr=0.1")
     try:
-        return OmegaConf.from_dotlist([text])
+        override: Any = OmegaConf.from_dotlist([text])
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"command line: {text!r} cannot be read ({_first_line(error)}); quote the value") from None
+    return cast(DictConfig, override)
 
 
 def _checked(given: DictConfig, where: str) -> DictConfig:
     """Return `given` with field names for keys, after its keys and types were found to be good."""
-    plain = OmegaConf.to_container(given, resolve=False)
+    plain = cast(dict[str, Any], OmegaConf.to_container(given, resolve=False))
     _check_keys(plain, RunConfig, "", where)
-    assert isinstance(plain, dict)
-    renamed = OmegaConf.create(_renamed(plain, _FIELD_OF_KEY))
+    renamed = cast(DictConfig, OmegaConf.create(_renamed(plain, _FIELD_OF_KEY)))
     try:
-        OmegaConf.merge(_schema("run"), renamed)
+        _merge(_schema("run"), renamed)
     except OmegaConfBaseException as error:
         key = _key(getattr(error, "full_key", None) or "")
         raise ConfigError(f"{where}: {key}: {_first_line(error)}") from None
@@ -343,8 +342,7 @@ def _all_keys() -> list[str]:
     for item in dataclasses.fields(RunConfig):
         keys.append(item.name)
         if dataclasses.is_dataclass(item.type):
-            assert isinstance(item.type, type)
-            keys += [f"{item.name}.{key}" for key in _keys(item.type)]
+            keys += [f"{item.name}.{key}" for key in _keys(cast(type, item.type))]
     return keys
 
 

@@ -138,9 +138,7 @@ def _from_slurm(environ: Mapping[str, str]) -> TaskEnvironment:
             "ask for --ntasks-per-node, or for one node"
         )
     node_rank = _number(environ, "SLURM_NODEID", 0)
-    tasks = expand_tasks_per_node(
-        environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(world_size)
-    )
+    tasks = expand_tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(world_size))
     if not 0 <= node_rank < len(tasks) or (started_by_srun and sum(tasks) != world_size):
         raise TaskEnvironmentError(
             f"SLURM_NODEID={node_rank}, SLURM_TASKS_PER_NODE={tasks} and {world_size} tasks contradict each other: "
@@ -195,6 +193,5 @@ def submission_environ(environ: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environ.items()
-        if not (name.startswith(("SLURM_", "SRUN_", "PMI_", "PMIX_")) and name != "SLURM_CONF")
-        and name not in _OVERRIDING_SBATCH
+        if not (name.startswith(("SLURM_", "SRUN_", "PMI_", "PMIX_")) and name != "SLURM_CONF") and name not in _OVERRIDING_SBATCH
     }

@@ -28,7 +28,7 @@ class RunLayout:
 
     @property
     def logs(self) -> Path:
-        """submitit's folder: scripts, pickles, stdout and stderr of every rank."""
+        """The folder of submitit: scripts, pickles, stdout and stderr of every rank."""
         return self.root / "logs"
 
     @property

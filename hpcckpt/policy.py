@@ -59,9 +59,7 @@ class Retention:
         keep = {info.name for info in ordered[-self.keep_last :]} | set(protected)
         keep |= {info.name for info in self.best(ordered)[: self.keep_best]}
         if self.keep_every_epochs is not None:
-            keep |= {
-                info.name for info in ordered if info.epoch_finished and (info.epoch + 1) % self.keep_every_epochs == 0
-            }
+            keep |= {info.name for info in ordered if info.epoch_finished and (info.epoch + 1) % self.keep_every_epochs == 0}
         return [info for info in ordered if info.name not in keep]
 
 
@@ -75,7 +73,9 @@ def is_step_due(step: int, every_steps: int | None) -> bool:
     return every_steps is not None and step % every_steps == 0
 
 
-def stop_cause(signals: Collection[str], user_signal: str, job: Mapping[str, str] | None, remaining_s: float | None, lead_time_s: int) -> Cause:
+def stop_cause(
+    signals: Collection[str], user_signal: str, job: Mapping[str, str] | None, remaining_s: float | None, lead_time_s: int
+) -> Cause:
     """Return why a rank was signalled.
 
     Args:
@@ -104,9 +104,7 @@ class StopDecision:
     exit_code: int
 
 
-def decide_stop(
-    cause: Cause, *, enabled: bool, requeues: int, max_requeues: int, stalled: int, max_stalled: int
-) -> StopDecision:
+def decide_stop(cause: Cause, *, enabled: bool, requeues: int, max_requeues: int, stalled: int, max_stalled: int) -> StopDecision:
     """Return whether the run goes on in another attempt.
 
     Args:
@@ -126,9 +124,7 @@ def decide_stop(
     if requeues >= max_requeues:
         return StopDecision(False, f"requeued {requeues} times already (requeue.max_requeues)", EXIT_GAVE_UP)
     if stalled >= max_stalled:
-        return StopDecision(
-            False, f"{stalled} attempts in a row got no step further (requeue.max_stalled)", EXIT_GAVE_UP
-        )
+        return StopDecision(False, f"{stalled} attempts in a row got no step further (requeue.max_stalled)", EXIT_GAVE_UP)
     return StopDecision(True, cause, 0)
 
 

@@ -59,7 +59,9 @@ def decide(ranks: Ranks, task: TaskEnvironment, config: RequeueConfig, ledger: L
             stalled=policy.count_stalled(events, step),
             max_stalled=config.max_stalled,
         )
-        ledger.append("stop", cause=cause, signals=sorted(received), step=step, remaining_s=left_s, requeue=decision.requeue, reason=decision.reason)
+        ledger.append(
+            "stop", cause=cause, signals=sorted(received), step=step, remaining_s=left_s, requeue=decision.requeue, reason=decision.reason
+        )
         return Stop(cause, decision)
 
     return ranks.from_main(on_main)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -152,9 +152,7 @@ class Run:
             number=number,
             **arguments,
         )
-        cursor = loader.batch_sampler
-        assert isinstance(cursor, Cursor)
-        self._cursors[str(number)] = cursor
+        self._cursors[str(number)] = cast(Cursor, loader.batch_sampler)
         self._place(str(number))
         return loader
 
@@ -294,7 +292,10 @@ class Run:
             file = None if restored.path is None else restored.path.name
             self._ledger.append("restored", file=file, epoch=self._epoch, step=self._step, notes=restored.notes)
             whence = "from the beginning" if restored.path is None else f"behind {restored.position or 'the weights'} of {restored.path}"
-            print(f"hpcckpt: attempt {self.restart_count + 1} of job {self._task.job_id}, {self.world_size} ranks: goes on {whence}", flush=True)
+            print(
+                f"hpcckpt: attempt {self.restart_count + 1} of job {self._task.job_id}, {self.world_size} ranks: goes on {whence}",
+                flush=True,
+            )
             for note in restored.notes:
                 print(f"hpcckpt: note: {note}", flush=True)
         self._next_save = self._save_deadline()

@@ -55,7 +55,7 @@ class SignalLatch:
         """Return the names, without SIG, of the signals that came."""
         return tuple(signal.Signals(number).name.removeprefix("SIG") for number in sorted(self._counts))
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int, _frame: FrameType | None) -> None:
         self._counts[number] = self._counts.get(number, 0) + 1
         self.fired = True
 

@@ -4,6 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hpcckpt.launch import Submitted
 
 EXIT_OK = 0
 EXIT_BAD_INPUT = 2
@@ -36,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--print-config", action="store_true", help="print the merged configuration and submit nothing")
     options = parser.parse_intermixed_args(sys.argv[1:] if argv is None else list(argv))
     # Behind the parser: --help needs none of it.
-    from hpcckpt.errors import HpcckptError, SchedulerError  # noqa: PLC0415 - start-up time
+    from hpcckpt.errors import HpcckptError, SchedulerError
 
     try:
         return _submit(options.settings, dry_run=options.dry_run, print_config=options.print_config)
@@ -46,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _submit(settings: Sequence[str], *, dry_run: bool, print_config: bool) -> int:
-    from hpcckpt import config, launch  # noqa: PLC0415 - start-up time
-    from hpcckpt.errors import ConfigError  # noqa: PLC0415 - start-up time
+    from hpcckpt import config, launch
+    from hpcckpt.errors import ConfigError
 
     files = [setting.removeprefix("conf=") for setting in settings if setting.startswith("conf=")]
     if len(files) != 1 or not files[0]:
@@ -67,9 +71,10 @@ def _submit(settings: Sequence[str], *, dry_run: bool, print_config: bool) -> in
     return _watch(job)
 
 
-def _watch(job: "launch.Submitted") -> int:  # type: ignore[name-defined]  # noqa: F821 - imported above, lazily
-    from hpcckpt import launch  # noqa: PLC0415 - start-up time
-    from hpcckpt.signals import interrupt_raises  # noqa: PLC0415 - start-up time
+def _watch(job: "Submitted") -> int:
+    from hpcckpt import launch
+    from hpcckpt.signals import interrupt_raises
+    from hpcckpt.store.ledger import Ledger
 
     def show(text: str) -> None:
         sys.stdout.write(text)
@@ -87,7 +92,7 @@ def _watch(job: "launch.Submitted") -> int:  # type: ignore[name-defined]  # noq
         return EXIT_DETACHED
     if finished:
         return EXIT_OK
-    event = launch.last_event(job.layout)
+    event = Ledger(job.layout.events).last()
     why = event.get("error") or event.get("reason") or f"its last event is {event.get('event')}"
     print(f"hpcckpt: the run did not finish: {why}; see {log} and the logs of the other ranks beside it", file=sys.stderr)
     return EXIT_RUN_FAILED

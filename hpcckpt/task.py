@@ -41,7 +41,7 @@ class RankTask:
         task = TaskEnvironment.from_environ(os.environ)
         task.check_against(config.slurm.nodes, config.slurm.tasks_per_node)
         main = import_entrypoint(config.entrypoint)
-        from hpcckpt.run import Run  # noqa: PLC0415 - torch; the latch comes first
+        from hpcckpt.run import Run
 
         with Run(layout, config, task, latch) as run:
             main(run)

@@ -64,7 +64,7 @@ class Agreement:
         self._thread: threading.Thread | None = None
         if world_size > 1:
             # A client of its own: a blocking read would lock the training out of the shared one.
-            listening = dist.PrefixStore("agreement", store.clone())
+            listening = dist.PrefixStore("agreement", store.clone())  # type: ignore[attr-defined]  # not in torch's stubs
             self._thread = threading.Thread(target=self._listen, args=(listening,), name="hpcckpt-agreement", daemon=True)
             self._thread.start()
 
@@ -146,7 +146,7 @@ class Agreement:
         try:
             while self._answer(store, round_):
                 round_ += 1
-        except Exception as error:  # the store is gone; matters only to a rank that is held
+        except Exception as error:  # noqa: BLE001 - the store is gone; matters only to a rank that is held
             with self._changed:
                 self._lost = error
                 self._changed.notify_all()

@@ -119,7 +119,7 @@ class Ranks:
 def _attempt(action: Callable[[], T]) -> tuple[T | None, BaseException | None]:
     try:
         return action(), None
-    except Exception as error:  # passed on to every rank, where it is raised again
+    except Exception as error:  # noqa: BLE001 - passed on to every rank, where it is raised again
         return None, error
 
 

@@ -19,7 +19,7 @@ from hpcckpt.errors import RendezvousError
 
 _PORTS = range(20000, 32768)
 _CANDIDATES = 16
-_TOKEN_KEY = "hpcckpt/token"
+_TOKEN_KEY = "hpcckpt/token"  # noqa: S105 - no secret
 # One attempt at a port that answers; a stranger may accept and stay silent.
 _ATTEMPT = timedelta(seconds=5)
 DEFAULT_TIMEOUT_S = 300.0
@@ -27,7 +27,7 @@ DEFAULT_TIMEOUT_S = 300.0
 
 def candidate_ports(token: str) -> list[int]:
     """Return the ports to try, in order; the same on every rank of one attempt."""
-    return random.Random(token).sample(_PORTS, _CANDIDATES)
+    return random.Random(token).sample(_PORTS, _CANDIDATES)  # noqa: S311 - not random: agreed
 
 
 def job_token(task: TaskEnvironment) -> str:
@@ -59,7 +59,7 @@ def _serve(token: str, world_size: int, timeout: timedelta) -> dist.TCPStore:
     for port in ports:
         with contextlib.suppress(dist.DistNetworkError):
             store = dist.TCPStore(
-                "0.0.0.0",  # noqa: S104 - ranks of other nodes must reach it; every job's store does so
+                "0.0.0.0",  # noqa: S104 - ranks of other nodes must reach it
                 port,
                 world_size,
                 is_master=True,

@@ -26,7 +26,7 @@ def seed_all(seed: int) -> None:
 def rng_state() -> dict[str, Any]:
     """Return the state of every generator of this process."""
     state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state_all()
     numpy = sys.modules.get("numpy")
     if numpy is not None:
@@ -51,8 +51,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
             torch.cuda.set_rng_state(device_state, index)
     saved = state.get("numpy")
     if saved is not None:
-        import numpy  # noqa: PLC0415 - the saving process had it; only then is it needed
+        import numpy as np
 
-        numpy.random.set_state(
+        np.random.set_state(  # noqa: NPY002 - the global generator is the one that must go on
             (saved["name"], saved["keys"].numpy().astype("uint32"), saved["position"], saved["has_gauss"], saved["cached_gaussian"])
         )

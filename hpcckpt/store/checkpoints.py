@@ -70,7 +70,7 @@ class CheckpointStore:
         return self._generation
 
     def commit(
-        self, epoch: int, step: int, epoch_finished: bool, write: Callable[[IO[bytes]], None], manifest: Mapping[str, Any]
+        self, epoch: int, step: int, *, epoch_finished: bool, write: Callable[[IO[bytes]], None], manifest: Mapping[str, Any]
     ) -> Path:
         """Let `write` fill a checkpoint, make it durable, point to it, and only then let older ones go.
 

@@ -22,9 +22,7 @@ class Ledger:
         """
         line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, default=str) + "\n"
         with contextlib.suppress(OSError):
-            descriptor = os.open(
-                self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
-            )
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
                 os.write(descriptor, line.encode())
                 os.fsync(descriptor)
@@ -34,6 +32,11 @@ class Ledger:
     def events(self) -> list[dict[str, Any]]:
         """Return all events, oldest first; a line that a crash cut off is left out."""
         return read_lines(self._path)
+
+    def last(self) -> dict[str, Any]:
+        """Return the newest event; {} without any."""
+        events = self.events()
+        return events[-1] if events else {}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

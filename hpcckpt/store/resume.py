@@ -82,7 +82,7 @@ def _target(store: CheckpointStore, resume: ResumeConfig) -> CheckpointInfo | Pa
     if resume.from_ == "none":
         return None
     if resume.from_ == "latest":
-        newest = store.newest_good(lambda problem: None)
+        newest = store.newest_good(lambda _problem: None)
         if newest is None:
             raise CheckpointNotFoundError("resume.weights_only=true: this run has no checkpoint yet; give resume.from=PATH")
         return newest

@@ -1,0 +1,192 @@
+"""From a configuration to a job. Sole owner of submitit.
+
+Slurm and this machine are one function to the caller: `submit` checks, writes `config.yaml`, starts the job and returns
+its id. Nothing is written before everything that can be checked was checked, and a refused job leaves what was there.
+"""
+
+import contextlib
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+from omegaconf import DictConfig, OmegaConf
+
+from hpcckpt import config as configuration
+from hpcckpt import scheduler
+from hpcckpt.config import ResumeConfig, RunConfig
+from hpcckpt.errors import ConfigError, RunDirectoryError
+from hpcckpt.launch import local, slurm
+from hpcckpt.layout import RunLayout
+from hpcckpt.policy import Retention
+from hpcckpt.store import resume
+from hpcckpt.store.checkpoints import CheckpointStore
+from hpcckpt.store.durable import make_private_directory, write_bytes
+from hpcckpt.store.ledger import Ledger
+
+Cluster = Literal["slurm", "local"]
+IMPORT_TIMEOUT_S = 300.0
+_CHECK_ENTRYPOINT = "import sys; from hpcckpt.task import import_entrypoint as f; f(sys.argv[1])"
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job that was started."""
+
+    job_id: str
+    cluster: Cluster
+    layout: RunLayout
+
+
+def choose_cluster(config: RunConfig) -> Cluster:
+    """Return where the job runs: `cluster`, or for auto Slurm where sbatch is on PATH."""
+    if config.cluster == "auto":
+        return "slurm" if scheduler.has_slurm() else "local"
+    return "slurm" if config.cluster == "slurm" else "local"
+
+
+def batch_script(config: RunConfig) -> str:
+    """Return the batch script that would be submitted; writes nothing into the run directory.
+
+    Raises:
+        ConfigError: this cluster cannot do what is asked.
+    """
+    layout = layout_of(config)
+    if choose_cluster(config) == "local":
+        command = [sys.executable, "-u", "-m", "submitit.core._submit", str(layout.logs)]
+        lines = [*config.slurm.setup, f"# {config.slurm.tasks_per_node} times, side by side, on this machine:", shlex.join(command)]
+        return "\n".join(["#!/bin/bash", *lines, ""])
+    return slurm.batch_script(config, layout)
+
+
+def layout_of(config: RunConfig) -> RunLayout:
+    """Return the paths of the run; relative to the working directory, which is also the job's."""
+    return RunLayout(Path(config.run_dir).expanduser().absolute())
+
+
+def submit(merged: DictConfig, where: str) -> Submitted:
+    """Check everything that can be checked here, then start the job.
+
+    Args:
+        merged: the configuration as `hpcckpt.config.load` returned it.
+        where: its file, for messages.
+
+    Raises:
+        ConfigError, RunDirectoryError, CheckpointError: bad input; nothing was submitted, nothing written over.
+        SubmissionError, SchedulerError: Slurm refused or did not answer; the run directory is as it was.
+    """
+    config = configuration.resolve(merged, where)
+    cluster = choose_cluster(config)
+    layout = layout_of(config)
+    script = _checked_script(config, cluster, where)
+    ledger = Ledger(layout.events)
+    _refuse_if_in_use(layout, ledger)
+    store = CheckpointStore(layout, _retention(config))
+    resume.check(store, config.resume)
+    check_entrypoint(config, where)
+    if cluster == "slurm":
+        scheduler.check_script(script)
+    make_private_directory(layout.root)
+    make_private_directory(layout.logs)
+    make_private_directory(layout.checkpoints)
+    with _restored_on_failure(layout.config), _restored_on_failure(layout.resume_request):
+        resume.ask(layout, store, config.resume)
+        # Without the request: it is applied once, and a copy of this file must not ask again.
+        stored = cast(DictConfig, OmegaConf.merge(merged, {"resume": ResumeConfig()}))
+        write_bytes(layout.config, configuration.dump(stored).encode())
+        job_id = local.start(config, layout) if cluster == "local" else slurm.start(config, layout)
+    ledger.append("submitted", job_id=job_id, cluster=cluster)
+    return Submitted(job_id, cluster, layout)
+
+
+def check_entrypoint(config: RunConfig, where: str) -> None:
+    """Import the entrypoint in another process, as the job will.
+
+    Raises:
+        ConfigError: it does not import or is not callable; the last line of the traceback is passed on.
+    """
+    if config.slurm.python is not None:
+        return  # another Python, perhaps in a container that is not there on a login node
+    argv = [sys.executable, "-c", _CHECK_ENTRYPOINT, config.entrypoint]
+    done = scheduler.run_command(argv, environ={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, timeout_s=IMPORT_TIMEOUT_S)
+    if done.returncode != 0:
+        last = done.stderr.splitlines()[-1] if done.stderr else f"python ended with {done.returncode}"
+        problem = last.removeprefix("hpcckpt.errors.ConfigError: ").removeprefix("entrypoint: ")
+        raise ConfigError(f"{where}: entrypoint: {problem} (tried from {os.getcwd()}); mend entrypoint or the module")
+
+
+def follow(job: Submitted, show: Callable[[str], None]) -> bool:
+    """Pass on what rank 0 prints until a local run ends; returns whether it finished.
+
+    Raises:
+        KeyboardInterrupt: the user stops watching; the run goes on.
+    """
+    log = layout_log(job)
+    offset = 0
+    while True:
+        running = local.is_running(job.job_id)
+        with contextlib.suppress(FileNotFoundError), log.open("rb") as file:
+            file.seek(offset)
+            text = file.read()
+            offset += len(text)
+            if text:
+                show(text.decode(errors="replace"))
+        if not running:
+            return Ledger(job.layout.events).last().get("event") == "finished"
+        time.sleep(0.1)
+
+
+def layout_log(job: Submitted) -> Path:
+    """Return rank 0's log of a job: standard output, and on this machine standard error too."""
+    return job.layout.logs / f"{job.job_id}_0_log.out"
+
+
+def _retention(config: RunConfig) -> Retention:
+    checkpoint = config.checkpoint
+    return Retention(checkpoint.keep_last, checkpoint.keep_best, checkpoint.keep_every_epochs, checkpoint.monitor, checkpoint.mode)
+
+
+def _checked_script(config: RunConfig, cluster: Cluster, where: str) -> str:
+    if cluster == "local" and config.slurm.nodes != 1:
+        raise ConfigError(
+            f"{where}: slurm.nodes: {config.slurm.nodes} nodes need Slurm, and cluster={config.cluster} means this machine; "
+            "set slurm.nodes=1, or submit from a login node"
+        )
+    if cluster == "slurm" and not scheduler.has_slurm():
+        raise ConfigError(
+            f"{where}: cluster: slurm is asked for, but sbatch is not on PATH; submit from a login node, or set cluster=local"
+        )
+    return batch_script(config)
+
+
+def _refuse_if_in_use(layout: RunLayout, ledger: Ledger) -> None:
+    submitted = [event for event in ledger.events() if event.get("event") == "submitted"]
+    if not submitted:
+        return
+    job_id, cluster = str(submitted[-1]["job_id"]), submitted[-1]["cluster"]
+    if cluster == "local":
+        live = ledger.last().get("event") not in ("finished", "failed", "ended", "left") and local.is_running(job_id)
+    else:
+        live = scheduler.has_slurm() and scheduler.is_live(job_id)
+    if live:
+        how = f"kill {job_id}" if cluster == "local" else f"scancel {job_id}"
+        raise RunDirectoryError(
+            f"{layout.root}: job {job_id} still waits or runs in this run directory; wait, end it with `{how}`, or set another run_dir"
+        )
+
+
+@contextlib.contextmanager
+def _restored_on_failure(path: Path) -> Iterator[None]:
+    before = path.read_bytes() if path.is_file() else None
+    try:
+        yield
+    except BaseException:
+        if before is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_bytes(path, before)
+        raise
