@@ -15,6 +15,9 @@ EXIT_GAVE_UP = 76
 # What the shell reports for a process that SIGTERM ended.
 EXIT_CANCELLED = 143
 
+# How much earlier than asked the warning before a time limit may be acted on: Slurm's own 60 s, and a long step.
+SLACK_S = 90
+
 Cause = Literal["time_limit", "preemption", "cancelled", "by_hand", "terminated"]
 
 
@@ -78,19 +81,25 @@ def stop_cause(
 ) -> Cause:
     """Return why a rank was signalled.
 
+    Slurm shows a job that is preempted as RUNNING with a PreemptTime, and one that was cancelled or has run out of time as
+    COMPLETING already while its processes still have their KillWait; what is left of its time tells those two apart
+    (measured, see docs/decisions/0003-causes.md).
+
     Args:
         signals: names without SIG, of what any rank has received.
         user_signal: `requeue.signal`.
         job: `scontrol show job`, or None where there is no Slurm or it did not answer.
         remaining_s: seconds to the job's time limit, or None where unknown.
-        lead_time_s: `requeue.lead_time_s`; Slurm sends the signal up to 60 s earlier.
+        lead_time_s: `requeue.lead_time_s`; Slurm looks every 30 s and sends the signal up to 60 s earlier.
     """
-    state = (job or {}).get("JobState", "")
-    if state.startswith("CANCELLED"):
-        return "cancelled"
-    if state == "PREEMPTED" or (job or {}).get("PreemptTime", "None") not in ("None", "Unknown", ""):
+    fields = job or {}
+    if fields.get("PreemptTime", "None") not in ("None", "Unknown", "N/A", ""):
         return "preemption"
-    if remaining_s is not None and remaining_s <= lead_time_s + 90:
+    state = fields.get("JobState", "")
+    over = remaining_s is not None and remaining_s <= 0
+    if state.startswith("CANCELLED") or (state == "COMPLETING" and not over):
+        return "cancelled"
+    if remaining_s is not None and remaining_s <= lead_time_s + SLACK_S:
         return "time_limit"
     return "by_hand" if user_signal in signals else "terminated"
 

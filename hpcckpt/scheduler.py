@@ -4,6 +4,7 @@ Nothing here decides. Commands get arguments as a list, never a shell; each has 
 """
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -77,11 +78,25 @@ def parse_job_fields(line: str) -> dict[str, str]:
 
 
 def remaining_s(fields: Mapping[str, str], now: datetime) -> float | None:
-    """Return seconds from `now` (local time, as Slurm prints) to the job's time limit; None when it has none."""
+    """Return seconds from `now` (local time, as Slurm prints) to the job's time limit; None when it has none.
+
+    Of StartTime and TimeLimit: EndTime is the limit only while a job runs undisturbed.
+    """
+    limit_s = parse_time_limit(fields.get("TimeLimit", ""))
     try:
-        return (datetime.fromisoformat(fields.get("EndTime", "")) - now).total_seconds()
+        started = datetime.fromisoformat(fields.get("StartTime", ""))
     except ValueError:
         return None
+    return None if limit_s is None else limit_s - (now - started).total_seconds()
+
+
+def parse_time_limit(text: str) -> float | None:
+    """Return seconds of Slurm's [days-]hours:minutes:seconds; None for UNLIMITED and the like."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
+    if match is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return ((days * 24.0 + hours) * 60 + minutes) * 60 + seconds
 
 
 def is_live(job_id: str) -> bool:
