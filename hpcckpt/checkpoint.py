@@ -38,6 +38,16 @@ class Position:
 
 
 @dataclass(frozen=True)
+class Boundary:
+    """What may change without a training step, copied where the last one ended: an evaluation and a scheduler's step follow
+    it, and a stop among them must not save those half done.
+    """
+
+    rng: dict[str, Any]
+    tracked: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Restored:
     """What a start goes on from; `position` is None where it begins anew."""
 
@@ -63,9 +73,9 @@ class Checkpointer:
         self._newest: Position | None = None
         self.last_save_s: float | None = None
 
-    def small_state(self) -> dict[str, Any]:
-        """Return what may change outside of training steps: generators, schedulers, scalers."""
-        return {"rng": rng_state(), **self._tracked.small_state()}
+    def boundary(self) -> Boundary:
+        """Return a copy of what may change between here and the next training step."""
+        return Boundary(rng_state(), self._tracked.small_state())
 
     def save(
         self,
@@ -73,11 +83,11 @@ class Checkpointer:
         metrics: dict[str, float],
         loaders: dict[str, dict[str, int]],
         reason: str,
-        small_state: dict[str, Any] | None = None,
+        boundary: Boundary | None = None,
     ) -> None:
         """Commit a checkpoint of this position; nothing happens where the newest one is of this position already.
 
-        Every rank must call it. `small_state` replaces what has changed since the position, if anything has.
+        Every rank must call it. `boundary` was taken at the position, if that is not now.
 
         Raises:
             CheckpointSaveError, FencedError: on every rank; everything older is intact.
@@ -85,9 +95,9 @@ class Checkpointer:
         if position == self._newest:
             return
         began = time.monotonic()
-        small = small_state if small_state is not None else self.small_state()
-        generators = self._ranks.gather(small["rng"])
-        self._ranks.from_main(lambda: self._commit(position, metrics, loaders, reason, small, generators))
+        generators = self._ranks.gather(rng_state() if boundary is None else boundary.rng)
+        earlier = None if boundary is None else boundary.tracked
+        self._ranks.from_main(lambda: self._commit(position, metrics, loaders, reason, earlier, generators))
         self._newest = position
         self.last_save_s = time.monotonic() - began
 
@@ -112,7 +122,7 @@ class Checkpointer:
         metrics: dict[str, float],
         loaders: dict[str, dict[str, int]],
         reason: str,
-        small: dict[str, Any],
+        earlier: dict[str, Any] | None,
         generators: list[dict[str, Any]],
     ) -> None:
         began = time.monotonic()
@@ -120,8 +130,7 @@ class Checkpointer:
             "format_version": FORMAT_VERSION,
             "epoch": position.epoch,
             "step": position.step,
-            **self._tracked.state(),
-            **{key: value for key, value in small.items() if key != "rng"},
+            **self._tracked.state(earlier),
             "metrics": metrics,
             "world_size": self._ranks.world_size,
             "saved_with_wrapper": self._tracked.wrapper(),

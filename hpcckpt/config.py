@@ -5,6 +5,8 @@ defaults <- YAML file <- dotlist. `load` is the only function here that reads a 
 
 import dataclasses
 import difflib
+import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hpcckpt.errors import ConfigError
 
-# Slurm sends the signal up to this much earlier than asked (sbatch(1), --signal).
-SIGNAL_EARLY_S = 60
-
 _ENTRYPOINT = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _SBATCH_OPTION = re.compile(r"[a-z][a-z0-9_-]*")
 # sbatch options that other keys own: a second value would be silently ignored or break the requeue.
 _OWNED_OPTIONS = {
@@ -40,7 +39,11 @@ _OWNED_OPTIONS = {
     "cpus-per-task": "slurm.cpus_per_task",
     "mem": "slurm.mem_gb",
     "time": "slurm.time_min",
+    "parsable": "nothing: the job id is read from what sbatch says without it",
+    "quiet": "nothing: the job id is read from what sbatch says without it",
 }
+# Whatever OmegaConf raises for a value that it cannot take.
+_OMEGACONF_ERRORS = (OmegaConfBaseException, AssertionError, TypeError, ValueError, RecursionError)
 # `from` cannot be an attribute in Python.
 _KEY_OF_FIELD = {"from_": "from"}
 _FIELD_OF_KEY = {key: name for name, key in _KEY_OF_FIELD.items()}
@@ -123,6 +126,9 @@ class RunConfig:
     seed: int = 0
 
 
+_SECTIONS = {"slurm": SlurmConfig, "checkpoint": CheckpointConfig, "requeue": RequeueConfig, "resume": ResumeConfig}
+
+
 def find_file(conf: str, folder: Path) -> Path:
     """Return the file that `conf=` means: a path, or a bare name in `folder`.
 
@@ -130,10 +136,10 @@ def find_file(conf: str, folder: Path) -> Path:
         ConfigError: there is no such file; the message lists what `folder` holds.
     """
     for candidate in (Path(conf), folder / conf, folder / f"{conf}.yaml"):
-        if candidate.is_file():
+        if os.path.isfile(candidate):  # Path.is_file raises for a name that is too long
             return candidate
     known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml"))) or "nothing"
-    raise ConfigError(f"conf={conf}: no such file, and {folder}/ holds {known}; give a path or one of those names")
+    raise _refusal(f"conf={conf}", f"no such file, and {folder}/ holds {known}; give a path or one of those names")
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> DictConfig:
@@ -145,7 +151,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> DictConfig:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error}); give a readable YAML file") from None
+        raise _refusal(str(path), f"cannot be read ({error}); give a readable YAML file") from None
     return parse(text, overrides, where=str(path), default_name=path.stem)
 
 
@@ -161,15 +167,17 @@ def parse(text: str, overrides: Sequence[str] = (), *, where: str = "configurati
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1} column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise ConfigError(f"{where}{line}: not valid YAML ({problem}); mend that line") from None
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{where}: {_first_line(error)}") from None
+        raise _refusal(f"{where}{line}", f"not valid YAML ({problem}); mend that line") from None
+    except _OMEGACONF_ERRORS as error:
+        raise _refusal(where, f"{_first_line(error) or 'a single value'}; write `key: value` lines") from None
     if not isinstance(given, DictConfig):
-        raise ConfigError(f"{where}: a list at the top; write `key: value` lines")
-    merged = _merge(_schema(default_name), _checked(given, where))
+        raise _refusal(where, "a list at the top; write `key: value` lines")
+    # A section whose lines are all commented out is null to YAML.
+    filled = {key: value for key, value in _plain(given).items() if value is not None or key not in ("args", *_SECTIONS)}
+    merged = _merge(_schema(default_name), _checked(filled, where))
     for override in overrides:
         merged = _merge(merged, _checked(_override(override), f"command line: {override}"))
-    # Types and sense are those of the whole; the place is the file unless an override is to blame.
+    where = f"{where} and the command line" if overrides else where
     check(resolve(merged, where), where)
     return merged
 
@@ -183,16 +191,15 @@ def resolve(config: DictConfig, where: str = "configuration") -> RunConfig:
     try:
         return cast(RunConfig, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
-        key = _key(getattr(error, "full_key", None) or "")
-        if key and not isinstance(error.__cause__, Exception) and "mandatory" in str(error).lower():
-            raise ConfigError(f"{where}: {key} is missing; add `{key}: {_example(key)}`") from None
-        raise ConfigError(f"{where}: {key}: {_first_line(error)}") from None
+        if "mandatory" in str(error).lower():
+            key = _key(str(error.full_key))
+            raise _refusal(where, f"{key} is missing; add `{key}: {'package.module:function' if key == 'entrypoint' else '…'}`") from None
+        raise _wrong_value(where, error, "an interpolation") from None
 
 
 def dump(config: DictConfig) -> str:
     """Return YAML that `parse` reads back; interpolations stay unresolved, so secrets from the environment stay out."""
-    plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=False))
-    text: str = yaml.safe_dump(_renamed(plain, _KEY_OF_FIELD), sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(_renamed(_plain(config), _KEY_OF_FIELD), sort_keys=False, allow_unicode=True)
     return text
 
 
@@ -203,12 +210,12 @@ def check(config: RunConfig, where: str = "configuration") -> None:
         ConfigError: names the first such key, its value, and what to write.
     """
     for problem in _problems(config):
-        raise ConfigError(f"{where}: {problem}")
+        raise _refusal(where, problem)
 
 
 def _problems(config: RunConfig) -> Iterator[str]:
     slurm, checkpoint, requeue, resume = config.slurm, config.checkpoint, config.requeue, config.resume
-    if not config.name or "/" in config.name:
+    if config.name in ("", ".", "..") or "/" in config.name:
         yield f"name: {config.name!r} must be a word without a slash"
     if not _ENTRYPOINT.fullmatch(config.entrypoint):
         yield f"entrypoint: {config.entrypoint!r} is not of the form package.module:function"
@@ -218,7 +225,8 @@ def _problems(config: RunConfig) -> Iterator[str]:
     yield from _choice("checkpoint.mode", checkpoint.mode, ("min", "max"))
     yield from _choice("requeue.signal", requeue.signal, ("USR1", "USR2"))
     # torch.manual_seed takes 64 bits; a negative seed would mean another generator state than it says.
-    yield from _at_least("seed", config.seed, 0)
+    if not 0 <= config.seed < 2**64:
+        yield f"seed: {config.seed} must be at least 0 and below 2**64"
     for key in ("nodes", "tasks_per_node", "cpus_per_task", "time_min"):
         yield from _at_least(f"slurm.{key}", getattr(slurm, key), 1)
     yield from _at_least("slurm.gpus_per_node", slurm.gpus_per_node, 0)
@@ -229,28 +237,26 @@ def _problems(config: RunConfig) -> Iterator[str]:
     for key in ("lead_time_s", "max_stalled"):
         yield from _at_least(f"requeue.{key}", getattr(requeue, key), 1)
     yield from _at_least("requeue.max_requeues", requeue.max_requeues, 0)
-    if slurm.mem_gb is not None and not slurm.mem_gb > 0:
-        yield f"slurm.mem_gb: {slurm.mem_gb} must be above 0"
-    if checkpoint.every_minutes is not None and not checkpoint.every_minutes > 0:
-        yield f"checkpoint.every_minutes: {checkpoint.every_minutes} must be above 0"
+    for key, number in (("slurm.mem_gb", slurm.mem_gb), ("checkpoint.every_minutes", checkpoint.every_minutes)):
+        if number is not None and not 0 < number < math.inf:
+            yield f"{key}: {number} must be above 0"
     if requeue.enabled and requeue.lead_time_s >= slurm.time_min * 60:
         yield (
             f"requeue.lead_time_s: {requeue.lead_time_s} s is not less than slurm.time_min ({slurm.time_min} min): the "
             "job would be stopped as it starts; ask for more time or a shorter lead"
         )
     yield from _resume_problems(resume)
-    for key, text in _strings("", dataclasses.asdict(slurm)):
+    for key, text in (("name", config.name), ("run_dir", config.run_dir), *_strings("slurm", dataclasses.asdict(slurm))):
         if _CONTROL.search(text):
-            yield f"slurm.{key}: {text!r} contains a control character, which would become a line of the batch script; remove it"
-    for option in slurm.extra:
-        owner = _OWNED_OPTIONS.get(option.replace("_", "-"))
+            yield f"{key}: {text!r} contains a control character, which would become a line of the batch script; remove it"
+    for option, value in slurm.extra.items():
+        owner = _owner(option.replace("_", "-"))
         if not _SBATCH_OPTION.fullmatch(option):
             yield f"slurm.extra: {option!r} is no long option of sbatch; write it without the dashes, as in `switches: 1`"
         elif owner is not None:
             yield f"slurm.extra.{option}: is set by {owner}; remove it here"
-    for key in ("name", "run_dir"):
-        if _CONTROL.search(getattr(config, key)):
-            yield f"{key}: {getattr(config, key)!r} contains a control character; remove it"
+        elif value is False or not isinstance(value, str | int | float):
+            yield f"slurm.extra.{option}: {value!r} is no option's value; write text, a number, true for an option without one, or no line"
 
 
 def _resume_problems(resume: ResumeConfig) -> Iterator[str]:
@@ -262,6 +268,14 @@ def _resume_problems(resume: ResumeConfig) -> Iterator[str]:
         yield "resume.epoch and resume.step are both set; give one"
     if resume.from_ != "latest" and (resume.epoch is not None or resume.step is not None):
         yield f"resume.from={resume.from_} contradicts resume.epoch and resume.step; give one"
+
+
+def _owner(option: str) -> str | None:
+    """Return what sets an option of sbatch already, which understands any beginning of its name."""
+    owners = _OWNED_OPTIONS | {item.name.replace("_", "-"): f"slurm.{item.name}" for item in dataclasses.fields(SlurmConfig)}
+    if option == "gpus":  # whole, though another one begins with it
+        return None
+    return owners.get(option) or next((owner for name, owner in owners.items() if name.startswith(option)), None)
 
 
 def _choice(key: str, value: str, allowed: tuple[str, ...]) -> Iterator[str]:
@@ -280,9 +294,8 @@ def _strings(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
         yield prefix, value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            place = f"{prefix}.{key}" if prefix else str(key)
-            yield place, str(key)
-            yield from _strings(place, item)
+            yield f"{prefix}.{key}", str(key)
+            yield from _strings(f"{prefix}.{key}", item)
     elif isinstance(value, list):
         for index, item in enumerate(value):
             yield from _strings(f"{prefix}[{index}]", item)
@@ -298,39 +311,50 @@ def _merge(under: DictConfig, over: DictConfig) -> DictConfig:
     return cast(DictConfig, OmegaConf.merge(under, over))
 
 
-def _override(text: str) -> DictConfig:
+def _plain(config: DictConfig) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=False))
+
+
+def _override(text: str) -> dict[str, Any]:
     key, separator, _ = text.partition("=")
     if not separator or not key.strip():
-        raise ConfigError(f"command line: {text!r} is not of the form key=value, as in args.lr=0.1")
+        raise _refusal("command line", f"{text!r} is not of the form key=value, as in args.lr=0.1")
     try:
-        override: Any = OmegaConf.from_dotlist([text])
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"command line: {text!r} cannot be read ({_first_line(error)}); quote the value") from None
-    return cast(DictConfig, override)
+        return _plain(OmegaConf.from_dotlist([text]))
+    except (yaml.YAMLError, *_OMEGACONF_ERRORS) as error:
+        raise _refusal("command line", f"{text!r} cannot be read ({_first_line(error)}); quote the value") from None
 
 
-def _checked(given: DictConfig, where: str) -> DictConfig:
+def _checked(given: dict[str, Any], where: str) -> DictConfig:
     """Return `given` with field names for keys, after its keys and types were found to be good."""
-    plain = cast(dict[str, Any], OmegaConf.to_container(given, resolve=False))
-    _check_keys(plain, RunConfig, "", where)
-    renamed = cast(DictConfig, OmegaConf.create(_renamed(plain, _FIELD_OF_KEY)))
-    try:
-        _merge(_schema("run"), renamed)
-    except OmegaConfBaseException as error:
-        key = _key(getattr(error, "full_key", None) or "")
-        raise ConfigError(f"{where}: {key}: {_first_line(error)}") from None
-    return renamed
+    _check_keys(given, RunConfig, "", where)
+    renamed = _renamed(given, _FIELD_OF_KEY)
+    for key, value in renamed.items():
+        try:
+            _merge(_schema("run"), OmegaConf.create({key: value}))
+        except _OMEGACONF_ERRORS as error:
+            raise _wrong_value(where, error, key) from None
+    return cast(DictConfig, OmegaConf.create(renamed))
 
 
 def _check_keys(given: Any, schema: type, prefix: str, where: str) -> None:
     if not isinstance(given, Mapping):
-        raise ConfigError(f"{where}: {prefix.rstrip('.')}: holds {given!r}, but it has keys of its own: {', '.join(_keys(schema))}")
-    sections = {"slurm": SlurmConfig, "checkpoint": CheckpointConfig, "requeue": RequeueConfig, "resume": ResumeConfig}
+        raise _refusal(where, f"{prefix.rstrip('.')}: holds {given!r}, but it has keys of its own: {', '.join(_keys(schema))}")
     for key, value in given.items():
         if key not in _keys(schema):
-            raise ConfigError(f"{where}: unknown key {prefix}{key}{_meant(f'{prefix}{key}', _all_keys())}")
-        if not prefix and key in sections and not (isinstance(value, str) and "${" in value):
-            _check_keys({} if value is None else value, sections[key], f"{key}.", where)
+            raise _refusal(where, f"unknown key {prefix}{key}{_meant(f'{prefix}{key}', _all_keys())}")
+        if not prefix and key in _SECTIONS and not (isinstance(value, str) and "${" in value):
+            _check_keys(value, _SECTIONS[key], f"{key}.", where)
+
+
+def _refusal(where: str, problem: str) -> ConfigError:
+    """Return the error; on one line, whatever a key or a value holds."""
+    return ConfigError(_CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), f"{where}: {problem}"))
+
+
+def _wrong_value(where: str, error: BaseException, key: str = "") -> ConfigError:
+    key = _key(getattr(error, "full_key", None) or key)
+    return _refusal(where, f"{key}: {_first_line(error)}; mend that value")
 
 
 def _keys(schema: type) -> list[str]:
@@ -348,6 +372,8 @@ def _all_keys() -> list[str]:
 
 def _meant(given: str, known: Sequence[str]) -> str:
     """Return "; did you mean …?" for the nearest known key: as it is spelled, or right but in another section."""
+    if given in known:
+        return f"; write it in its section, as `{given.replace('.', ': {', 1)}: …}}`"
     last = given.rpartition(".")[2]
     near = (
         [key for key in known if key.rpartition(".")[2] == last]
@@ -366,10 +392,6 @@ def _renamed(plain: Any, names: Mapping[str, str]) -> Any:
 
 def _key(full_key: str) -> str:
     return ".".join(_KEY_OF_FIELD.get(part, part) for part in full_key.split("."))
-
-
-def _example(key: str) -> str:
-    return {"entrypoint": "package.module:function", "name": "digits"}.get(key, "…")
 
 
 def _first_line(error: BaseException) -> str:

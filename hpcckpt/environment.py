@@ -138,8 +138,10 @@ def _from_slurm(environ: Mapping[str, str]) -> TaskEnvironment:
             "ask for --ntasks-per-node, or for one node"
         )
     node_rank = _number(environ, "SLURM_NODEID", 0)
-    tasks = expand_tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(world_size))
-    if not 0 <= node_rank < len(tasks) or (started_by_srun and sum(tasks) != world_size):
+    per_node = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or str(world_size)
+    # In a batch script without --ntasks the variable counts CPUs; there is one task then.
+    tasks = expand_tasks_per_node(per_node) if started_by_srun else [1]
+    if not 0 <= node_rank < len(tasks) or sum(tasks) != world_size:
         raise TaskEnvironmentError(
             f"SLURM_NODEID={node_rank}, SLURM_TASKS_PER_NODE={tasks} and {world_size} tasks contradict each other: "
             "variables of another allocation are in the environment; submit from a clean shell"

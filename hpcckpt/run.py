@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hpcckpt import config as configuration
 from hpcckpt import policy, requeue
-from hpcckpt.checkpoint import Checkpointer, Position, Restored
+from hpcckpt.checkpoint import Boundary, Checkpointer, Position, Restored
 from hpcckpt.config import RunConfig
 from hpcckpt.data import Cursor, make_loader
 from hpcckpt.distributed import Agreement, Ranks, choose_device, fix_bucket_order
@@ -91,8 +91,8 @@ class Run:
         self._epoch = 0
         self._step = 0
         self._metrics: dict[str, float] = {}
-        # What schedulers and generators were when the epoch's batches ended, while no step has followed.
-        self._boundary: dict[str, Any] | None = None
+        # Taken when the epoch's batches ended, while no step has followed.
+        self._boundary: Boundary | None = None
         self._finished = False
         self._progress = Progress(0)
         self._next_report = 0.0
@@ -176,6 +176,9 @@ class Run:
     def batches(self, loader: "DataLoader[T]") -> Iterator[T]:
         """Yield the batches of this epoch that were not trained on yet. Every rank must iterate over it.
 
+        Behind a stop at the last step of an epoch, or in its evaluation, none are left: what follows the loop must not need
+        a variable that only the loop sets.
+
         Raises:
             UsageError: the loader was not made by `run.loader`, or there is no epoch yet.
         """
@@ -195,7 +198,7 @@ class Run:
         for batch in iterator:
             cursor.advance()
             yield batch
-        self._boundary = self._checkpointer.small_state()
+        self._boundary = self._checkpointer.boundary()
 
     def step(self) -> None:
         """Say that one optimizer step is done; the last statement of the loop's body. Every rank must call it.

@@ -47,6 +47,8 @@ def run_command(
         )
     except FileNotFoundError:
         raise SchedulerError(f"{argv[0]}: no such program on PATH; is this a machine with Slurm's commands?") from None
+    except OSError as error:
+        raise SchedulerError(f"{argv[0]}: cannot be started ({error.strerror}); is it the right one on PATH?") from None
     except subprocess.TimeoutExpired:
         raise SchedulerError(f"`{' '.join(argv)}` gave no answer in {timeout_s:g} s; is Slurm's controller up?") from None
     return Completed(done.returncode, done.stdout, done.stderr.strip())
@@ -54,7 +56,7 @@ def run_command(
 
 def has_slurm() -> bool:
     """Return whether jobs can be submitted to Slurm from here."""
-    return shutil.which("sbatch") is not None
+    return shutil.which("sbatch") is not None and shutil.which("srun") is not None
 
 
 def job_fields(job_id: str) -> dict[str, str] | None:

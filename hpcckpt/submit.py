@@ -47,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HpcckptError as error:
         print(f"hpcckpt: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_NOT_SUBMITTED if isinstance(error, SchedulerError) else EXIT_BAD_INPUT
+    except OSError as error:
+        # A full disk, a name that is too long: nothing that a traceback explains better.
+        print(f"hpcckpt: {error.filename or 'submission'}: {error.strerror or error}; mend that, then submit again", file=sys.stderr)
+        return EXIT_BAD_INPUT
 
 
 def _submit(settings: Sequence[str], *, dry_run: bool, print_config: bool) -> int:
@@ -62,7 +66,7 @@ def _submit(settings: Sequence[str], *, dry_run: bool, print_config: bool) -> in
         print(config.dump(merged), end="")
         return EXIT_OK
     if dry_run:
-        print(launch.batch_script(config.resolve(merged, str(path))), end="")
+        print(launch.batch_script(config.resolve(merged, str(path)), str(path)), end="")
         return EXIT_OK
     job = launch.submit(merged, str(path))
     print(job.job_id, flush=True)

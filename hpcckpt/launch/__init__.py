@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from hpcckpt import config as configuration
 from hpcckpt import scheduler
 from hpcckpt.config import ResumeConfig, RunConfig
-from hpcckpt.errors import ConfigError, RunDirectoryError
+from hpcckpt.errors import ConfigError, RunDirectoryError, SchedulerError
 from hpcckpt.launch import local, slurm
 from hpcckpt.layout import RunLayout
 from hpcckpt.policy import Retention
@@ -30,7 +30,9 @@ from hpcckpt.store.ledger import Ledger
 
 Cluster = Literal["slurm", "local"]
 IMPORT_TIMEOUT_S = 300.0
-_CHECK_ENTRYPOINT = "import sys; from hpcckpt.task import import_entrypoint as f; f(sys.argv[1])"
+# The mark at the end: a module that ends the process as it is imported may do so with exit code 0.
+_IMPORTED = "hpcckpt: imported"
+_CHECK_ENTRYPOINT = f"import sys; from hpcckpt.task import import_entrypoint as f; f(sys.argv[1]); print({_IMPORTED!r})"
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,15 @@ def choose_cluster(config: RunConfig) -> Cluster:
     return "slurm" if config.cluster == "slurm" else "local"
 
 
-def batch_script(config: RunConfig) -> str:
-    """Return the batch script that would be submitted; writes nothing into the run directory.
+def batch_script(config: RunConfig, where: str) -> str:
+    """Return the batch script that would be submitted; writes nothing into the run directory. `where`: for messages.
 
     Raises:
         ConfigError: this cluster cannot do what is asked.
     """
-    layout = layout_of(config)
-    if choose_cluster(config) == "local":
+    layout, cluster = layout_of(config), choose_cluster(config)
+    _check_cluster(config, cluster, where)
+    if cluster == "local":
         command = [sys.executable, "-u", "-m", "submitit.core._submit", str(layout.logs)]
         lines = [*config.slurm.setup, f"# {config.slurm.tasks_per_node} times, side by side, on this machine:", shlex.join(command)]
         return "\n".join(["#!/bin/bash", *lines, ""])
@@ -82,7 +85,8 @@ def submit(merged: DictConfig, where: str) -> Submitted:
     config = configuration.resolve(merged, where)
     cluster = choose_cluster(config)
     layout = layout_of(config)
-    script = _checked_script(config, cluster, where)
+    script = batch_script(config, where)
+    _check_run_dir(layout.root)
     ledger = Ledger(layout.events)
     _refuse_if_in_use(layout, ledger)
     store = CheckpointStore(layout, _retention(config))
@@ -112,9 +116,12 @@ def check_entrypoint(config: RunConfig, where: str) -> None:
     if config.slurm.python is not None:
         return  # another Python, perhaps in a container that is not there on a login node
     argv = [sys.executable, "-c", _CHECK_ENTRYPOINT, config.entrypoint]
-    done = scheduler.run_command(argv, environ={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, timeout_s=IMPORT_TIMEOUT_S)
-    if done.returncode != 0:
-        last = done.stderr.splitlines()[-1] if done.stderr else f"python ended with {done.returncode}"
+    try:
+        done = scheduler.run_command(argv, environ={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, timeout_s=IMPORT_TIMEOUT_S)
+    except SchedulerError:
+        raise ConfigError(f"{where}: entrypoint: {config.entrypoint} took more than {IMPORT_TIMEOUT_S:g} s to import; mend it") from None
+    if done.returncode != 0 or _IMPORTED not in done.stdout:
+        last = done.stderr.splitlines()[-1] if done.stderr else f"python ended with {done.returncode} while importing it"
         problem = last.removeprefix("hpcckpt.errors.ConfigError: ").removeprefix("entrypoint: ")
         raise ConfigError(f"{where}: entrypoint: {problem} (tried from {os.getcwd()}); mend entrypoint or the module")
 
@@ -150,7 +157,7 @@ def _retention(config: RunConfig) -> Retention:
     return Retention(checkpoint.keep_last, checkpoint.keep_best, checkpoint.keep_every_epochs, checkpoint.monitor, checkpoint.mode)
 
 
-def _checked_script(config: RunConfig, cluster: Cluster, where: str) -> str:
+def _check_cluster(config: RunConfig, cluster: Cluster, where: str) -> None:
     if cluster == "local" and config.slurm.nodes != 1:
         raise ConfigError(
             f"{where}: slurm.nodes: {config.slurm.nodes} nodes need Slurm, and cluster={config.cluster} means this machine; "
@@ -158,9 +165,19 @@ def _checked_script(config: RunConfig, cluster: Cluster, where: str) -> str:
         )
     if cluster == "slurm" and not scheduler.has_slurm():
         raise ConfigError(
-            f"{where}: cluster: slurm is asked for, but sbatch is not on PATH; submit from a login node, or set cluster=local"
+            f"{where}: cluster: slurm is asked for, but sbatch and srun are not on PATH; submit from a login node, or set cluster=local"
         )
-    return batch_script(config)
+
+
+def _check_run_dir(root: Path) -> None:
+    """Refuse a run directory that could not be made or written to, before anything is."""
+    there = next(path for path in (root, *root.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise RunDirectoryError(f"{root}: {there} is no directory; choose another run_dir")
+    if there == root and there.stat().st_uid != os.geteuid():
+        raise RunDirectoryError(f"{root}: belongs to user {there.stat().st_uid}, not to you; choose another run_dir")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RunDirectoryError(f"{root}: {there} is not writable; choose another run_dir, or mend its mode")
 
 
 def _refuse_if_in_use(layout: RunLayout, ledger: Ledger) -> None:

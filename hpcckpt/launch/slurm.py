@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hpcckpt.config import RunConfig
 from hpcckpt.environment import submission_environ
-from hpcckpt.errors import SubmissionError
+from hpcckpt.errors import ConfigError, SubmissionError
 from hpcckpt.layout import RunLayout
 from hpcckpt.task import RankTask
 
@@ -29,7 +29,7 @@ def _executor(config: RunConfig, layout: RunLayout) -> "SlurmExecutor":
     import submitit
 
     slurm = config.slurm
-    executor = submitit.SlurmExecutor(layout.logs, python=None if slurm.python is None else shlex.join(shlex.split(slurm.python)))
+    executor = submitit.SlurmExecutor(layout.logs, python=None if slurm.python is None else _quoted(slurm.python))
     options: dict[str, object] = {"requeue": True, "signal": f"{config.requeue.signal}@{config.requeue.lead_time_s}"}
     if not config.requeue.enabled:
         del options["requeue"]
@@ -64,6 +64,16 @@ def _executor(config: RunConfig, layout: RunLayout) -> "SlurmExecutor":
         additional_parameters=options,
     )
     return executor
+
+
+def _quoted(command: str) -> str:
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ConfigError(f"slurm.python: {command!r} is not a command ({error}); mend its quotes") from None
+    if not words:
+        raise ConfigError("slurm.python: is empty; write a command, or null for this Python")
+    return shlex.join(words)
 
 
 def start(config: RunConfig, layout: RunLayout) -> str:

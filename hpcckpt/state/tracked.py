@@ -1,5 +1,6 @@
 """The objects a run saves and restores, by name."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,6 +13,7 @@ from hpcckpt.state.portable import portable
 # Bookkeeping keys of a checkpoint file; every other key is `<tracked name>_state_dict`.
 FORMAT_VERSION = 1
 _SUFFIX = "_state_dict"
+_GROUPS = "param_groups"
 
 
 @runtime_checkable
@@ -62,17 +64,29 @@ class Tracked:
         modules = [model] if isinstance(model, torch.nn.Module) else self.modules()
         return wrapper_name(modules[0]) if modules else "none"
 
-    def state(self) -> dict[str, Any]:
-        """Return the state of every object under its key in the file; tensors share memory with the objects."""
-        return {f"{name}{_SUFFIX}": self._one(name, value) for name, value in self._objects.items()}
+    def state(self, boundary: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the state of every object under its key in the file; tensors share memory with the objects.
+
+        What `boundary` holds, from an earlier `small_state`, takes the place of what has changed since.
+        """
+        state = {f"{name}{_SUFFIX}": self._one(name, value) for name, value in self._objects.items()}
+        for key, earlier in (boundary or {}).items():
+            # Of an optimizer the boundary holds a part, of everything else in it the whole.
+            partial = isinstance(self._objects[key.removesuffix(_SUFFIX)], torch.optim.Optimizer)
+            state[key] = {**state[key], **earlier} if partial else earlier
+        return state
 
     def small_state(self) -> dict[str, Any]:
-        """Return the state of schedulers, scalers and their like: all but modules and optimizers, which only training changes."""
-        return {
-            f"{name}{_SUFFIX}": self._one(name, value)
-            for name, value in self._objects.items()
-            if not isinstance(value, torch.nn.Module | torch.optim.Optimizer)
-        }
+        """Return a copy of what may change outside of training steps, and is small: schedulers, scalers and their like, and
+        the hyperparameters that schedulers set in optimizers. Modules and optimizer state change in training steps only.
+        """
+        small: dict[str, Any] = {}
+        for name, value in self._objects.items():
+            if isinstance(value, torch.optim.Optimizer):
+                small[f"{name}{_SUFFIX}"] = {_GROUPS: portable(value.state_dict()[_GROUPS], name)}
+            elif not isinstance(value, torch.nn.Module):
+                small[f"{name}{_SUFFIX}"] = self._one(name, value)
+        return copy.deepcopy(small)
 
     def load(self, state: Mapping[str, Any], *, weights_only: bool = False) -> None:
         """Restore every object, or the modules alone.
@@ -97,7 +111,7 @@ class Tracked:
                     value.load_state_dict(saved)
             except CheckpointMismatchError as error:
                 raise CheckpointMismatchError(f"{name}: {error}") from None
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
                 raise CheckpointMismatchError(
                     f"{name}: a {type(value).__name__} did not take its saved state ({type(error).__name__}: {error}); was it "
                     "built differently when it was saved?"

@@ -1,8 +1,9 @@
 """The checkpoints of a run: commit, pointer, lookup, retention, rewind. Rank 0 alone uses it.
 
-Commit order: file -> manifest -> pointer (under the lock, and only if this attempt is still the newest) -> best ->
-retention. Each file is durable before the next one is begun, so the pointer names a complete, durable checkpoint at
-every instant, and an interrupted commit leaves at worst a file that nothing names.
+Commit order: file -> manifest -> pointer -> best -> retention. Each file is durable before the next one is begun, so
+the pointer names a complete, durable checkpoint at every instant, and an interrupted commit leaves at worst a file that
+nothing names. No name in the folder changes but under the lock and while this attempt is still the newest: a newer
+attempt may commit a file of the same name.
 
 The lock keeps two live processes apart; the generation keeps an old incarnation on a lost node apart, which may hold
 no lock and still run.
@@ -85,7 +86,7 @@ class CheckpointStore:
         self._refuse_if_fenced()
         began = time.monotonic()
         try:
-            size_bytes, digest = write_durably(path, write)
+            size_bytes, digest = write_durably(path, write, publishing=self._owned())
             entry = {
                 "file": name,
                 "size_bytes": size_bytes,
@@ -95,12 +96,11 @@ class CheckpointStore:
                 "epoch_finished": epoch_finished,
                 "generation": self._generation,
             }
-            write_json(
-                self._layout.checkpoints / manifest_name(name),
-                {**entry, **manifest, "save_s": round(time.monotonic() - began, 4), "time": time.time()},
-            )
-            with self._locked():
-                self._refuse_if_fenced()
+            with self._owned():
+                write_json(
+                    self._layout.checkpoints / manifest_name(name),
+                    {**entry, **manifest, "save_s": round(time.monotonic() - began, 4), "time": time.time()},
+                )
                 write_json(self._layout.latest, entry)
                 infos = self.infos()
                 self._link_best(infos)
@@ -128,12 +128,15 @@ class CheckpointStore:
         """
         manifests = {info.name: (info, manifest) for info, manifest in self._manifests()}
         try:
-            pointed = (read_json(self._layout.latest) or {}).get("file")
+            pointer = read_json(self._layout.latest)
+            pointed = None if pointer is None else str(pointer.get("file"))
         except CheckpointCorruptError as error:
             report(str(error))
             pointed = None
-        if pointed is None and not manifests:
+        if not manifests and not os.path.lexists(self._layout.latest):
             return None
+        if pointed is not None and pointed not in manifests:
+            report(f"{self._layout.latest} names {pointed!r}, which is not there, or has no intact manifest")
         newest_first = sorted(manifests, key=lambda name: manifests[name][0].order, reverse=True)
         # A file newer than the pointer was never acknowledged; it comes after the one that was, or serves if that is bad.
         for name in sorted(newest_first, key=lambda name: name != pointed):
@@ -142,8 +145,6 @@ class CheckpointStore:
             if problem is None:
                 return info
             report(problem)
-        if pointed is not None and pointed not in manifests:
-            report(f"{self._layout.latest} names {pointed!r}, which has no manifest")
         raise CheckpointCorruptError(
             f"{self._layout.checkpoints}: no checkpoint here is intact; submit with resume.from=none to begin anew "
             "(what is there moves to superseded/), or with resume.from=PATH"
@@ -174,6 +175,23 @@ class CheckpointStore:
             raise CheckpointCorruptError(f"{asked}: {problem}; choose another one; {known}")
         return found[0]
 
+    def own(self, path: Path) -> CheckpointInfo | None:
+        """Return the checkpoint whose bytes `path` holds, where that is a file of this folder (best_model.pt, say); None elsewhere.
+
+        Raises:
+            CheckpointCorruptError: it is in this folder, but no checkpoint was committed with its bytes.
+        """
+        if path.parent.resolve() != self._layout.checkpoints.resolve():
+            return None
+        try:
+            _, digest = file_digest(path)
+        except OSError as error:
+            raise CheckpointCorruptError(f"{path} cannot be read ({error.strerror})") from None
+        found = next((info for info, manifest in self._manifests() if manifest.get("digest") == digest), None)
+        if found is None:
+            raise CheckpointCorruptError(f"{path} is damaged, or no checkpoint of this run: choose another one")
+        return found
+
     def path(self, name: str) -> Path:
         """Return the path of a checkpoint's file.
 
@@ -188,25 +206,31 @@ class CheckpointStore:
         """Go back to checkpoint `keep` (None: to before the first): later ones move to superseded/, nothing is deleted.
 
         The pointer moves first, so an interruption leaves files that nothing names, and a second call finishes the job.
+
+        Raises:
+            CheckpointNotFoundError: `keep` is not there any more; nothing was moved.
         """
-        with self._locked():
-            self._refuse_if_fenced()
-            infos = self.infos()
-            kept = next((info for info in infos if info.name == keep), None)
-            if kept is None:
+        with self._owned():
+            manifests = {info.name: (info, manifest) for info, manifest in self._manifests()}
+            infos = sorted((info for info, _ in manifests.values()), key=lambda info: info.order)
+            if keep is None:
+                later = infos
                 self._layout.latest.unlink(missing_ok=True)
                 sync_directory(self._layout.checkpoints)
-            else:
-                manifest = read_json(self._layout.checkpoints / manifest_name(kept.name))
+            elif keep in manifests:
+                kept, manifest = manifests[keep]
+                later = [info for info in infos if info.order > kept.order]
                 fields = ("file", "size_bytes", "digest", "epoch", "step", "epoch_finished")
                 write_json(self._layout.latest, {**{key: manifest[key] for key in fields}, "generation": self._generation})
-            later = [info for info in infos if kept is None or info.order > kept.order]
-            if later:
+            else:
+                known = ", ".join(manifests) or "nothing"
+                raise CheckpointNotFoundError(f"{self._layout.checkpoints}: {keep} is not there any more; resume from another one: {known}")
+            names = [name for info in later for name in (info.name, manifest_name(info.name))]
+            names += self._manifests_alone()  # of an interrupted call
+            if names:
                 make_private_directory(self._layout.superseded)
-            for info in later:
-                for name in (info.name, manifest_name(info.name)):
+                for name in names:
                     os.rename(self._layout.checkpoints / name, free_name(self._layout.superseded / name))
-            if later:
                 sync_directory(self._layout.superseded)
                 sync_directory(self._layout.checkpoints)
             self._link_best([info for info in infos if info not in later])
@@ -233,6 +257,12 @@ class CheckpointStore:
                     ),
                     manifest,
                 )
+
+    def _manifests_alone(self) -> list[str]:
+        """Return the names of manifests whose checkpoint is not there."""
+        names = set(os.listdir(self._layout.checkpoints))
+        files = {name: f"{name.removesuffix('.json')}.pt" for name in names if name.endswith(".json")}
+        return sorted(name for name, file in files.items() if parse_checkpoint_name(file) is not None and file not in names)
 
     def _problem(self, name: str, manifest: Mapping[str, Any]) -> str | None:
         """Return what is wrong with a checkpoint's bytes, None if nothing is."""
@@ -284,6 +314,13 @@ class CheckpointStore:
                 f"{self._layout.root}: attempt {self._generation} is not the newest any more: attempt {newest.get('generation')} "
                 f"(job {newest.get('job_id')} on {newest.get('host')}) took over; this one stops without touching anything"
             )
+
+    @contextlib.contextmanager
+    def _owned(self) -> Iterator[None]:
+        """Hold the lock, as the newest attempt."""
+        with self._locked():
+            self._refuse_if_fenced()
+            yield
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,16 +21,21 @@ from hpcckpt.layout import TEMPORARY_PREFIX
 
 _JSON_LIMIT_BYTES = 16 * 1024 * 1024
 _READ_BYTES = 4 * 1024 * 1024
+_UNGUARDED = nullcontext()
 
 
 class DigestingFile(io.RawIOBase):
-    """A write-only file that knows size and SHA-256 of what went through it, without reading it again."""
+    """A write-only file that knows size and SHA-256 of what went through it, without reading it again.
+
+    It also remembers its failure: torch.save turns a full disk into a RuntimeError about positions.
+    """
 
     def __init__(self, descriptor: int) -> None:
         super().__init__()
         self._file = open(descriptor, "wb", buffering=0)  # noqa: SIM115 - closed by close()
         self._hash = hashlib.sha256()
         self.size_bytes = 0
+        self.failure: OSError | None = None
 
     def writable(self) -> bool:
         """Return True."""
@@ -41,8 +47,12 @@ class DigestingFile(io.RawIOBase):
         self._hash.update(view)
         self.size_bytes += len(view)
         rest = view
-        while rest:
-            rest = rest[self._file.write(rest) or 0 :]
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) or 0 :]
+        except OSError as error:
+            self.failure = error
+            raise
         return len(view)
 
     def fileno(self) -> int:
@@ -77,8 +87,10 @@ def make_private_directory(path: Path) -> None:
         raise RunDirectoryError(f"{path}: is not writable; choose another run_dir, or mend its mode")
 
 
-def write_durably(path: Path, write: Callable[[IO[bytes]], None]) -> tuple[int, str]:
+def write_durably(path: Path, write: Callable[[IO[bytes]], None], publishing: AbstractContextManager[None] = _UNGUARDED) -> tuple[int, str]:
     """Let `write` fill a file that then appears at `path`, durable; returns (size in bytes, digest).
+
+    The name changes inside of `publishing`, which may hold a lock for this instant, or refuse by raising.
 
     Raises:
         OSError: from the file system; `path` is as it was.
@@ -87,9 +99,14 @@ def write_durably(path: Path, write: Callable[[IO[bytes]], None]) -> tuple[int, 
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         with DigestingFile(descriptor) as file:
-            write(file)  # type: ignore[arg-type]  # RawIOBase has all that a writer calls
+            try:
+                write(file)  # type: ignore[arg-type]  # RawIOBase has all that a writer calls
+            finally:
+                if file.failure is not None:
+                    raise file.failure
             os.fsync(descriptor)
-        os.rename(temporary, path)
+        with publishing:
+            os.rename(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -112,11 +129,11 @@ def write_json(path: Path, value: object) -> None:
     write_bytes(path, json.dumps(value, indent=1).encode() + b"\n")
 
 
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file, or None when there is none; does not follow a symlink.
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the object in a JSON file, or None when there is no file; does not follow a symlink.
 
     Raises:
-        CheckpointCorruptError: it is not JSON, is absurdly large, or is no regular file of ours.
+        CheckpointCorruptError: it is no JSON object, is absurdly large, or is no regular file of ours.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -126,9 +143,12 @@ def read_json(path: Path) -> Any:
         raise CheckpointCorruptError(f"{path}: cannot be read ({error.strerror})") from None
     with open(descriptor, "rb") as file:
         try:
-            return json.loads(file.read(_JSON_LIMIT_BYTES))
-        except (ValueError, OSError) as error:
+            value = json.loads(file.read(_JSON_LIMIT_BYTES))
+        except (ValueError, OSError, RecursionError) as error:
             raise CheckpointCorruptError(f"{path}: is not what hpcckpt wrote there ({error})") from None
+    if not isinstance(value, dict):
+        raise CheckpointCorruptError(f"{path}: is not what hpcckpt wrote there (no JSON object)")
+    return value
 
 
 def file_digest(path: Path) -> tuple[int, str]:
@@ -137,7 +157,7 @@ def file_digest(path: Path) -> tuple[int, str]:
     Raises:
         OSError: it cannot be read.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)  # never waits for a FIFO's writer
     size, digest = 0, hashlib.sha256()
     with open(descriptor, "rb", buffering=0) as file:
         buffer = bytearray(_READ_BYTES)

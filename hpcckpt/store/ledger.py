@@ -17,17 +17,10 @@ class Ledger:
     def append(self, event: str, /, **fields: Any) -> None:
         """Add one event, durably: what a later attempt counts (requeues, progress) must survive this one.
 
-        Any rank may call it: a single write to a file opened for appending is one line. An event must never stop a
-        run, so a full disk costs the line and nothing else.
+        Any rank may call it.
         """
         line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, default=str) + "\n"
-        with contextlib.suppress(OSError):
-            descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            try:
-                os.write(descriptor, line.encode())
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        append_lines(self._path, line, durable=True)
 
     def events(self) -> list[dict[str, Any]]:
         """Return all events, oldest first; a line that a crash cut off is left out."""
@@ -37,6 +30,24 @@ class Ledger:
         """Return the newest event; {} without any."""
         events = self.events()
         return events[-1] if events else {}
+
+
+def append_lines(path: Path, text: str, *, durable: bool = False) -> None:
+    """Append whole lines in a single write, so that those of several processes do not mix.
+
+    What is noted here must never stop a run: a full disk costs the lines and nothing else.
+    """
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            size = os.fstat(descriptor).st_size
+            # A line that a crash or a full disk cut off must not take the next one with it.
+            torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+            os.write(descriptor, b"\n" * torn + text.encode())
+            if durable:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -1,12 +1,11 @@
 """`metrics.jsonl`: what run.log and run.report gave, cut back to the restored step so that no point is there twice."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from hpcckpt.store.durable import write_bytes
-from hpcckpt.store.ledger import read_lines
+from hpcckpt.store.ledger import append_lines, read_lines
 
 
 class MetricsFile:
@@ -18,7 +17,8 @@ class MetricsFile:
 
     def add(self, kind: str, epoch: int, step: int, values: dict[str, Any]) -> None:
         """Keep one line for the next flush; values may be tensors on a device, which are not waited for here."""
-        self._pending.append({"kind": kind, "epoch": epoch, "step": step, **values})
+        own = {"kind": kind, "epoch": epoch, "step": step}
+        self._pending.append(own | values | own)  # cut_back relies on these three, whatever a metric is called
 
     def flush(self) -> dict[str, Any]:
         """Append what is pending and return its last line; {} when nothing was pending."""
@@ -27,9 +27,7 @@ class MetricsFile:
         lines = [{key: _plain(value) for key, value in line.items()} for line in self._pending]
         self._pending.clear()
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with open(descriptor, "ab", buffering=0) as file:
-            file.write(text.encode())
+        append_lines(self._path, text)
         return lines[-1]
 
     def cut_back(self, step: int, epochs_finished: int) -> int:

@@ -15,6 +15,8 @@ from hpcckpt.policy import CheckpointInfo
 from hpcckpt.store.checkpoints import CheckpointStore, free_name
 from hpcckpt.store.durable import read_json, write_json
 
+_WORDS = ("latest", "best", "none")  # anything else is a path
+
 
 def ask(layout: RunLayout, store: CheckpointStore, resume: ResumeConfig) -> None:
     """Check and write down a submission's request; `resume.from=latest` withdraws one that no job has taken up.
@@ -28,7 +30,9 @@ def ask(layout: RunLayout, store: CheckpointStore, resume: ResumeConfig) -> None
             layout.resume_request.unlink(missing_ok=True)
         return
     _target(store, resume)
-    asked = {"state": "asked", "from": resume.from_, "epoch": resume.epoch, "step": resume.step, "weights_only": resume.weights_only}
+    # A job may have another working directory.
+    source = resume.from_ if resume.from_ in _WORDS else str(Path(resume.from_).absolute())
+    asked = {"state": "asked", "from": source, "epoch": resume.epoch, "step": resume.step, "weights_only": resume.weights_only}
     write_json(layout.resume_request, asked)
 
 
@@ -89,4 +93,4 @@ def _target(store: CheckpointStore, resume: ResumeConfig) -> CheckpointInfo | Pa
     path = Path(resume.from_).absolute()
     if not path.is_file():
         raise CheckpointNotFoundError(f"resume.from={resume.from_}: there is no such file; give latest, best, none or a checkpoint's path")
-    return path
+    return store.own(path) or path  # a file of the run's own is gone back to, where the rewind would move it away

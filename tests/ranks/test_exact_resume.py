@@ -1,0 +1,95 @@
+"""The one sentence: the same bits as if nothing had interrupted the run. Real gloo ranks, real signals."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = str(Path(__file__).parents[1] / "scripts" / "exact.py")
+pytestmark = pytest.mark.timeout(400)
+
+
+def steps_an_epoch(world_size: int) -> int:
+    return -(-52 // (4 * world_size))
+
+
+def final_state(run_dir: Path) -> dict[str, object]:
+    pointer = json.loads((run_dir / "checkpoints" / "latest.json").read_text())
+    content: dict[str, object] = torch.load(run_dir / "checkpoints" / pointer["file"], weights_only=True)
+    return content
+
+
+def assert_equal(first: object, second: object, where: str) -> None:
+    assert type(first) is type(second), where
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second), where  # type: ignore[arg-type]
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys(), where  # type: ignore[attr-defined]
+        for key, value in first.items():
+            assert_equal(value, second[key], f"{where}.{key}")  # type: ignore[index]
+    elif isinstance(first, list | tuple):
+        assert len(first) == len(second), where  # type: ignore[arg-type]
+        for index, value in enumerate(first):
+            assert_equal(value, second[index], f"{where}[{index}]")  # type: ignore[index]
+    else:
+        assert first == second, where
+
+
+def metrics(run_dir: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def trained_ids(run_dir: Path, world_size: int) -> list[list[str]]:
+    return [(run_dir / f"ids.{rank}").read_text().splitlines() for rank in range(world_size)]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "stops", "workers"),
+    [
+        pytest.param(1, "0@1 0@5 0@13 0@20", 0, id="one rank: first step, middle, last step of an epoch, next epoch"),
+        pytest.param(2, "1@2 0@7 1@11", 2, id="two ranks, either is signalled, loader with workers"),
+        pytest.param(4, "3@2 1@4 0@4 2@6", 0, id="four ranks, one or two are signalled"),
+    ],
+)
+def test_an_interrupted_run_ends_bit_identical_to_an_uninterrupted_one(ranks, tmp_path, world_size, stops, workers):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert ranks.run([SCRIPT, str(whole)], world_size).codes == [0] * world_size
+
+    attempts = ranks.run_to_the_end([SCRIPT, str(broken), f"args.workers={workers}"], world_size, {"HPCCKPT_TEST_STOPS": stops})
+
+    # Each stop falls one step behind the signal at the latest, so those a step apart may share an attempt.
+    assert len(attempts) > len(stops.split()) / 2 + 1
+    assert_equal(final_state(whole), final_state(broken), "checkpoint")
+    assert trained_ids(whole, world_size) == trained_ids(broken, world_size)
+    assert metrics(whole) == metrics(broken)
+    assert [line["step"] for line in metrics(whole) if line["kind"] == "log"] == list(range(1, 2 * steps_an_epoch(world_size) + 1))
+
+
+def test_a_stop_in_the_evaluation_resumes_as_if_the_schedulers_step_had_not_been_made(ranks, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    ranks.run_to_the_end([SCRIPT, str(whole)], 1)
+    attempts = ranks.run_to_the_end([SCRIPT, str(broken)], 1, {"HPCCKPT_TEST_STOPS": "0@poll"})
+    assert "goes on behind epoch 0, step 13 of" in attempts[1].outputs[0]
+    assert_equal(final_state(whole), final_state(broken), "checkpoint")
+    assert trained_ids(whole, 1) == trained_ids(broken, 1)
+
+
+def test_every_sample_is_trained_on_once_an_epoch_when_the_number_of_ranks_changes_within_it(ranks, tmp_path):
+    for world_size, stop in ((2, "0@2"), (1, "0@8"), (3, "")):
+        attempt = ranks.run([SCRIPT, str(tmp_path), "args.epochs=1"], world_size, {"HPCCKPT_TEST_STOPS": stop})
+        assert set(attempt.codes) == ({144} if stop else {0}), attempt.outputs
+    seen = [int(word) for rank in range(3) for line in (tmp_path / f"ids.{rank}").read_text().splitlines() for word in line.split()[1:]]
+    assert sorted(seen) == list(range(52))
+    assert "no longer bit-exact" in attempt.outputs[0]
+
+
+def test_a_killed_run_loses_what_was_behind_its_last_checkpoint_and_nothing_else(ranks, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    ranks.run_to_the_end([SCRIPT, str(whole)], 2)
+    attempt = ranks.run([SCRIPT, str(killed), "checkpoint.every_steps=3"], 2, {"HPCCKPT_TEST_KILLS": "1@8"})
+    assert attempt.codes[1] == -9
+    assert attempt.codes[0] not in (0, 144), "rank 0 must notice that rank 1 is gone"
+    ranks.run_to_the_end([SCRIPT, str(killed), "checkpoint.every_steps=3"], 2)
+    assert_equal(final_state(whole), final_state(killed), "checkpoint")
+    assert metrics(whole) == metrics(killed)
