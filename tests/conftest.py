@@ -81,7 +81,7 @@ class RankLauncher:
                 outputs.append(process.communicate(timeout=max(deadline - time.monotonic(), 0.1))[0])
             except subprocess.TimeoutExpired:
                 self.stop()
-                pytest.fail(f"rank {len(outputs)} did not end in {timeout_s:g} s\n" + "\n".join(outputs + [process.communicate()[0]]))
+                pytest.fail(f"rank {len(outputs)} did not end in {timeout_s:g} s\n" + "\n".join([*outputs, process.communicate()[0]]))
         return Attempt([process.returncode for process in processes], outputs)
 
     def run(self, argv: Sequence[str], world_size: int, environ: Mapping[str, str] | None = None) -> Attempt:
@@ -104,9 +104,7 @@ class RankLauncher:
                 process.kill()
 
 
-@pytest.fixture
-def ranks() -> Iterator[RankLauncher]:
-    """Real ranks; none outlives its test."""
+def _launcher() -> Iterator[RankLauncher]:
     launcher = RankLauncher()
     yield launcher
     launcher.stop()
@@ -114,3 +112,8 @@ def ranks() -> Iterator[RankLauncher]:
         process.wait()
         if process.stdout is not None:
             process.stdout.close()
+
+
+# Real ranks; none outlives its test, or its module.
+ranks = pytest.fixture(_launcher, name="ranks")
+module_ranks = pytest.fixture(_launcher, scope="module", name="module_ranks")

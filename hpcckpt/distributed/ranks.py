@@ -18,6 +18,9 @@ from hpcckpt.errors import HpcckptError, RankFailedError, TaskEnvironmentError
 
 T = TypeVar("T")
 
+# A slow epoch's end on one rank (a large save, an evaluation on rank 0 only) is no failure.
+COLLECTIVE_TIMEOUT_S = 1800.0
+
 
 def choose_device(task: TaskEnvironment) -> torch.device:
     """Return this rank's device: cuda:{local_rank}, cuda:0 where each task sees one GPU only, else the CPU."""
@@ -41,18 +44,21 @@ class Ranks:
         # gloo announces the address its host name resolves to, which Debian maps to 127.0.1.1.
         if task.world_size > 1 and task.num_nodes == 1:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        self.store = open_store(task, timeout_s)
         backend: Literal["nccl", "gloo"] = "nccl" if device.type == "cuda" else "gloo"
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group(
-            backend,
-            store=dist.PrefixStore("process_group", self.store),
-            rank=task.rank,
-            world_size=task.world_size,
-            timeout=timedelta(seconds=max(timeout_s, 1800)),
-        )
-        self._control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
+        with open_store(task, timeout_s) as store:
+            self.store = store
+            # Returns when every rank is here.
+            dist.init_process_group(
+                backend,
+                store=dist.PrefixStore("process_group", store),
+                rank=task.rank,
+                world_size=task.world_size,
+                timeout=timedelta(seconds=max(timeout_s, COLLECTIVE_TIMEOUT_S)),
+            )
+            # NCCL connects at its first collective only, so this is where its ranks meet.
+            self._control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
         self._open = True
 
     @property

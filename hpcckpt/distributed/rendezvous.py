@@ -1,15 +1,20 @@
 """How the ranks of a job find each other: one key-value store, served by rank 0.
 
-The port is not configured. Job id, step id and restart count give a short list of candidates; rank 0 serves on the
-first that is free, and the others try the same list. A token in the store tells a stranger's store (another job on
-the node, an earlier incarnation) from ours. Candidates lie below the kernel's range for outgoing connections
-(32768 on Linux), so no client socket takes one by chance.
+No port is configured. Job id, step id and restart count give a short list of candidates; rank 0 listens on the first
+that is free, and the others try the same list. What answers there is a greeter, not the store: it says whose job it is
+and on which port the store listens, so that a stranger (another job on the node, an earlier incarnation, any server
+at all) is told apart by one line with a deadline. torch's TCPStore, connected to a server that accepts and stays
+silent, would wait for ever.
+
+Candidates lie below the kernel's range for outgoing connections (32768 on Linux), so no client socket takes one.
 """
 
 import contextlib
 import random
 import socket
+import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -19,85 +24,102 @@ from hpcckpt.errors import RendezvousError
 
 _PORTS = range(20000, 32768)
 _CANDIDATES = 16
-_TOKEN_KEY = "hpcckpt/token"  # noqa: S105 - no secret
-# One attempt at a port that answers; a stranger may accept and stay silent.
-_ATTEMPT = timedelta(seconds=5)
+_LINE_BYTES = 512
+# For a stranger that accepts and stays silent; a greeter answers in a round trip.
+ANSWER_TIMEOUT_S = 5.0
 DEFAULT_TIMEOUT_S = 300.0
 
 
 def candidate_ports(token: str) -> list[int]:
     """Return the ports to try, in order; the same on every rank of one attempt."""
-    return random.Random(token).sample(_PORTS, _CANDIDATES)  # noqa: S311 - not random: agreed
+    return random.Random(token).sample(_PORTS, _CANDIDATES)  # noqa: S311 - not to be unpredictable, but agreed
 
 
 def job_token(task: TaskEnvironment) -> str:
     """Return what tells this attempt of this job from every other."""
-    return f"{task.job_id}.{task.step_id}.{task.restart_count}"
+    return f"hpcckpt/{task.job_id}/{task.step_id}/{task.restart_count}"
 
 
-def open_store(task: TaskEnvironment, timeout_s: float = DEFAULT_TIMEOUT_S) -> dist.Store:
-    """Return the store that all ranks of `task` share. Every rank must call it.
+@contextlib.contextmanager
+def open_store(task: TaskEnvironment, timeout_s: float = DEFAULT_TIMEOUT_S) -> Iterator[dist.Store]:
+    """Yield the store that all ranks of `task` share. Every rank must enter it, and leave when all have used the store.
 
     Raises:
         RendezvousError: not all found each other within `timeout_s` seconds; names host and ports tried.
     """
+    timeout = timedelta(seconds=timeout_s)
     if task.launcher == "torchrun":
         # torchrun's agent has already chosen address and port, and may serve the store itself.
-        store, _, _ = next(dist.rendezvous("env://", task.rank, task.world_size, timeout=timedelta(seconds=timeout_s)))
-        return dist.PrefixStore("hpcckpt", store)
-    if task.world_size == 1:
-        return dist.HashStore()
-    token = job_token(task)
-    timeout = timedelta(seconds=timeout_s)
-    if task.rank == 0:
-        return _serve(token, task.world_size, timeout)
-    return _join(task.first_host, token, timeout)
+        store, _, _ = next(dist.rendezvous("env://", task.rank, task.world_size, timeout=timeout))
+        yield dist.PrefixStore("hpcckpt", store)
+    elif task.world_size == 1:
+        yield dist.HashStore()
+    elif task.rank == 0:
+        # Port 0: the kernel's choice is free and stays ours.
+        store = dist.TCPStore("0.0.0.0", 0, is_master=True, timeout=timeout, wait_for_workers=False)  # noqa: S104 - for other nodes
+        with _greeter(job_token(task), store.port):
+            yield store
+    else:
+        port = _ask_greeter(task.first_host, job_token(task), timeout_s)
+        yield dist.TCPStore(task.first_host, port, is_master=False, timeout=timeout, wait_for_workers=False)
 
 
-def _serve(token: str, world_size: int, timeout: timedelta) -> dist.TCPStore:
-    ports = candidate_ports(token)
+@contextlib.contextmanager
+def _greeter(token: str, store_port: int) -> Iterator[None]:
+    """Tell whoever connects to the first free candidate port whose job this is, and where its store is."""
+    listener = _listen_on_first_free(candidate_ports(token))
+
+    def greet() -> None:
+        with contextlib.suppress(OSError):  # closed by the context manager
+            while True:
+                connection, _ = listener.accept()
+                with connection, contextlib.suppress(OSError):
+                    connection.settimeout(ANSWER_TIMEOUT_S)
+                    connection.sendall(f"{token} {store_port}\n".encode())
+
+    thread = threading.Thread(target=greet, name="hpcckpt-greeter", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        # close() alone does not wake a thread that is blocked in accept().
+        with contextlib.suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join(ANSWER_TIMEOUT_S)
+
+
+def _listen_on_first_free(ports: list[int]) -> socket.socket:
     for port in ports:
-        with contextlib.suppress(dist.DistNetworkError):
-            store = dist.TCPStore(
-                "0.0.0.0",  # noqa: S104 - ranks of other nodes must reach it
-                port,
-                world_size,
-                is_master=True,
-                timeout=timeout,
-                wait_for_workers=False,
-            )
-            store.set(_TOKEN_KEY, token)
-            return store
-    raise RendezvousError(f"rank 0 could not serve on any of the ports {ports} of {socket.gethostname()}: all are in use")
+        with contextlib.suppress(OSError):
+            return socket.create_server(("", port), backlog=1024)
+    raise RendezvousError(f"rank 0 could not listen on any of the ports {ports} of {socket.gethostname()}: all are in use")
 
 
-def _join(host: str, token: str, timeout: timedelta) -> dist.TCPStore:
-    deadline = time.monotonic() + timeout.total_seconds()
+def _ask_greeter(host: str, token: str, timeout_s: float) -> int:
+    """Return the port of rank 0's store."""
     ports = candidate_ports(token)
+    deadline = time.monotonic() + timeout_s
     delay_s = 0.02
-    while time.monotonic() < deadline:
+    while True:
         for port in ports:
-            store = _try(host, port, token, timeout)
-            if store is not None:
-                return store
+            name, _, store_port = _greeting(host, port).rpartition(" ")
+            if name == token and store_port.isdigit():
+                return int(store_port)
+        if time.monotonic() > deadline:
+            raise RendezvousError(
+                f"no answer from rank 0 on host {host}, ports {ports}, in {timeout_s:g} s: did rank 0 fail (see its log), or does a "
+                "firewall between the nodes block these ports?"
+            )
         # Rank 0 may still be starting Python.
         time.sleep(delay_s)
         delay_s = min(delay_s * 1.5, 0.5)
-    raise RendezvousError(
-        f"no answer from rank 0 on host {host}, ports {ports}, in {timeout.total_seconds():g} s: did rank 0 fail (see its "
-        "log), or does a firewall between the nodes block these ports?"
-    )
 
 
-def _try(host: str, port: int, token: str, timeout: timedelta) -> dist.TCPStore | None:
+def _greeting(host: str, port: int) -> str:
+    """Return the line that a server says by itself; "" where nobody listens or nothing comes in time."""
     try:
-        # A refused connection costs a round trip here, and TCPStore's whole timeout there.
-        socket.create_connection((host, port), timeout=_ATTEMPT.total_seconds()).close()
-        store = dist.TCPStore(host, port, is_master=False, timeout=_ATTEMPT, wait_for_workers=False)
-        store.wait([_TOKEN_KEY], _ATTEMPT)
-        if store.get(_TOKEN_KEY).decode(errors="replace") != token:
-            return None
-    except (OSError, RuntimeError):
-        return None
-    store.set_timeout(timeout)
-    return store
+        with socket.create_connection((host, port), ANSWER_TIMEOUT_S) as connection, connection.makefile("rb") as lines:
+            return lines.readline(_LINE_BYTES).decode(errors="replace").rstrip("\n")
+    except OSError:
+        return ""
