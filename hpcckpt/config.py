@@ -272,7 +272,8 @@ def _resume_problems(resume: ResumeConfig) -> Iterator[str]:
 
 def _owner(option: str) -> str | None:
     """Return what sets an option of sbatch already, which understands any beginning of its name."""
-    owners = _OWNED_OPTIONS | {item.name.replace("_", "-"): f"slurm.{item.name}" for item in dataclasses.fields(SlurmConfig)}
+    texts = [item.name for item in dataclasses.fields(SlurmConfig) if item.type == str | None]
+    owners = _OWNED_OPTIONS | {name.replace("_", "-"): f"slurm.{name}" for name in texts}
     if option == "gpus":  # whole, though another one begins with it
         return None
     return owners.get(option) or next((owner for name, owner in owners.items() if name.startswith(option)), None)

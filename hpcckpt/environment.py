@@ -16,6 +16,9 @@ Launcher = Literal["slurm", "local", "torchrun", "single"]
 # Options that sbatch takes from its environment with precedence over the script, and that the requeue depends on.
 _OVERRIDING_SBATCH = frozenset({"SBATCH_SIGNAL", "SBATCH_REQUEUE", "SBATCH_NO_REQUEUE", "SBATCH_OPEN_MODE"})
 
+# Where the controller is, which cluster is meant, and who the user is: not of an allocation.
+_KEPT_SLURM = frozenset({"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"})
+
 _NODE_GROUP = re.compile(r"\[([^\],-]+)[^\]]*\]")
 
 
@@ -189,11 +192,11 @@ def submission_environ(environ: Mapping[str, str]) -> dict[str, str]:
     """Return `environ` without what a surrounding allocation leaked.
 
     SLURM_CPU_BIND, SLURM_NTASKS and their like from an interactive allocation break a job submitted from within it.
-    SLURM_CONF says where the controller is and stays, and so do the SBATCH_* defaults of a user or site, save those
-    that would override signal, requeue and log mode.
+    What says where the controller is and who the user is stays, and so do the SBATCH_* defaults of a user or site, save
+    those that would override signal, requeue and log mode.
     """
     return {
         name: value
         for name, value in environ.items()
-        if not (name.startswith(("SLURM_", "SRUN_", "PMI_", "PMIX_")) and name != "SLURM_CONF") and name not in _OVERRIDING_SBATCH
+        if not (name.startswith(("SLURM_", "SRUN_", "PMI_", "PMIX_")) and name not in _KEPT_SLURM) and name not in _OVERRIDING_SBATCH
     }

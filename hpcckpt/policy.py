@@ -167,3 +167,25 @@ def count_stalled(events: Iterable[Mapping[str, Any]], step: int) -> int:
             break
         stalled += 1
     return stalled
+
+
+def outcome(events: Iterable[Mapping[str, Any]]) -> tuple[Literal["finished", "requeue", "unfinished"], str]:
+    """Return how the last attempt in a stretch of the ledger ended, and in a few words why it did not finish.
+
+    The submission's own events may stand anywhere in it: a job can be faster than the command that has started it.
+    """
+    attempt: list[Mapping[str, Any]] = []
+    for event in events:
+        attempt = [] if event.get("event") == "attempt" else [*attempt, event]
+    by_kind = {event.get("event"): event for event in reversed(attempt)}  # the first of each kind
+    if "finished" in by_kind:
+        return "finished", ""
+    if "failed" in by_kind:  # the first: the other ranks fail of it
+        return "unfinished", f"rank {by_kind['failed'].get('rank')} failed: {by_kind['failed'].get('error')}"
+    if "ended" in by_kind:
+        return "unfinished", str(by_kind["ended"].get("reason"))
+    if "left" in by_kind:
+        return "unfinished", "the training function returned before its last epoch"
+    if "requeue" in by_kind:
+        return "requeue", "it was requeued, but no attempt followed"
+    return "unfinished", "its processes ended without a word (killed, or out of memory?)"

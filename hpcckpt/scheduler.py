@@ -15,6 +15,8 @@ from hpcckpt.environment import submission_environ
 from hpcckpt.errors import SchedulerError, SubmissionError
 
 COMMAND_TIMEOUT_S = 60.0
+# First words of the lines of `scontrol show job` that tell state and times.
+_STATE_LINES = frozenset({"JobState", "RunTime", "StartTime", "PreemptEligibleTime", "PreemptTime"})
 
 
 @dataclass(frozen=True)
@@ -65,18 +67,22 @@ def job_fields(job_id: str) -> dict[str, str] | None:
     Raises:
         SchedulerError: scontrol is missing or the controller does not answer.
     """
-    done = run_command(["scontrol", "show", "job", "--oneliner", job_id])
+    done = run_command(["scontrol", "show", "job", job_id])
     if done.returncode != 0:
         if "Invalid job id" in done.stderr:
             return None
         raise SchedulerError(f"scontrol show job {job_id}: {done.stderr or done.returncode}; is Slurm's controller up?")
-    lines = done.stdout.splitlines()
-    return parse_job_fields(lines[0]) if lines else None
+    return parse_job_fields(done.stdout)
 
 
-def parse_job_fields(line: str) -> dict[str, str]:
-    """Return the Key=Value words of one line of scontrol; a value with spaces keeps its first word only."""
-    return dict(word.split("=", maxsplit=1) for word in line.split() if "=" in word)
+def parse_job_fields(text: str) -> dict[str, str]:
+    """Return the Key=Value words of `scontrol show job` that tell a job's state and times.
+
+    Only of lines that hold nothing a user has written: a job's name or comment may read "JobState=CANCELLED".
+    """
+    words = [line.split() for line in text.split("\n\n", maxsplit=1)[0].splitlines()]
+    chosen = [word for line in words if line and line[0].partition("=")[0] in _STATE_LINES for word in line]
+    return dict(word.split("=", maxsplit=1) for word in chosen if "=" in word)
 
 
 def remaining_s(fields: Mapping[str, str], now: datetime) -> float | None:

@@ -72,7 +72,7 @@ def children_protected(names: Sequence[str] = ("USR1", "TERM")) -> Iterator[None
     """Make processes that are started inside never see these signals: Slurm sends them to DataLoader workers too.
 
     A blocked mask is inherited over fork and exec alike, where a handler or a worker_init_fn would come too late.
-    Signals that arrive meanwhile are delivered to this process on leaving. A child that must end on SIGTERM
+    What arrives meanwhile is delivered to this process on leaving, or to another of its threads at once. A child that must end on SIGTERM
     (DataLoader's do, when they are terminated) needs `names` without it.
     """
     numbers = {signal.Signals[f"SIG{name}"] for name in names}

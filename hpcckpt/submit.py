@@ -78,26 +78,24 @@ def _submit(settings: Sequence[str], *, dry_run: bool, print_config: bool) -> in
 def _watch(job: "Submitted") -> int:
     from hpcckpt import launch
     from hpcckpt.signals import interrupt_raises
-    from hpcckpt.store.ledger import Ledger
 
     def show(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    log = launch.layout_log(job)
     try:
         with interrupt_raises():
-            finished = launch.follow(job, show)
+            ending, why = launch.follow(job, show)
     except KeyboardInterrupt:
+        job_id, log = launch.newest_log(job)
         print(
-            f"\nhpcckpt: no longer watching; job {job.job_id} goes on. To watch again: tail -f {log}; to end it: kill {job.job_id}",
+            f"\nhpcckpt: no longer watching; job {job_id} goes on. To watch again: tail -f {log}; to end it: kill {job_id}",
             file=sys.stderr,
         )
         return EXIT_DETACHED
-    if finished:
+    if ending == "finished":
         return EXIT_OK
-    event = Ledger(job.layout.events).last()
-    why = event.get("error") or event.get("reason") or f"its last event is {event.get('event')}"
+    _, log = launch.newest_log(job)
     print(f"hpcckpt: the run did not finish: {why}; see {log} and the logs of the other ranks beside it", file=sys.stderr)
     return EXIT_RUN_FAILED
 

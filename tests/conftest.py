@@ -10,6 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A loaded machine is no finding; pytest's own timeout ends what hangs.
+settings.register_profile("hpcckpt", deadline=None)
+settings.load_profile("hpcckpt")
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -102,6 +107,18 @@ class RankLauncher:
         for process in self.processes:
             if process.poll() is None:
                 process.kill()
+
+
+@pytest.fixture(scope="session", name="environ")
+def environ_fixture() -> Callable[..., dict[str, str]]:
+    """The function clean_environ."""
+    return clean_environ
+
+
+@pytest.fixture(scope="session", name="wait_until")
+def wait_until_fixture() -> Callable[..., None]:
+    """The function wait_until."""
+    return wait_until
 
 
 def _launcher() -> Iterator[RankLauncher]:

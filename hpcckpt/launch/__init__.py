@@ -22,7 +22,7 @@ from hpcckpt.config import ResumeConfig, RunConfig
 from hpcckpt.errors import ConfigError, RunDirectoryError, SchedulerError
 from hpcckpt.launch import local, slurm
 from hpcckpt.layout import RunLayout
-from hpcckpt.policy import Retention
+from hpcckpt.policy import Retention, outcome
 from hpcckpt.store import resume
 from hpcckpt.store.checkpoints import CheckpointStore
 from hpcckpt.store.durable import make_private_directory, write_bytes
@@ -42,6 +42,10 @@ class Submitted:
     job_id: str
     cluster: Cluster
     layout: RunLayout
+    # The process that sees a local run through all of its restarts.
+    supervisor: str | None = None
+    # How many events the ledger held before.
+    known_events: int = 0
 
 
 def choose_cluster(config: RunConfig) -> Cluster:
@@ -80,7 +84,7 @@ def submit(merged: DictConfig, where: str) -> Submitted:
 
     Raises:
         ConfigError, RunDirectoryError, CheckpointError: bad input; nothing was submitted, nothing written over.
-        SubmissionError, SchedulerError: Slurm refused or did not answer; the run directory is as it was.
+        SubmissionError, SchedulerError: Slurm refused or did not answer; what the run directory held is as it was.
     """
     config = configuration.resolve(merged, where)
     cluster = choose_cluster(config)
@@ -97,14 +101,15 @@ def submit(merged: DictConfig, where: str) -> Submitted:
     make_private_directory(layout.root)
     make_private_directory(layout.logs)
     make_private_directory(layout.checkpoints)
+    known_events = len(ledger.events())
     with _restored_on_failure(layout.config), _restored_on_failure(layout.resume_request):
         resume.ask(layout, store, config.resume)
         # Without the request: it is applied once, and a copy of this file must not ask again.
         stored = cast(DictConfig, OmegaConf.merge(merged, {"resume": ResumeConfig()}))
         write_bytes(layout.config, configuration.dump(stored).encode())
-        job_id = local.start(config, layout) if cluster == "local" else slurm.start(config, layout)
-    ledger.append("submitted", job_id=job_id, cluster=cluster)
-    return Submitted(job_id, cluster, layout)
+        job_id, supervisor = local.start(config, layout) if cluster == "local" else (slurm.start(config, layout), None)
+    ledger.append("submitted", job_id=job_id, cluster=cluster, supervisor=supervisor)
+    return Submitted(job_id, cluster, layout, supervisor, known_events)
 
 
 def check_entrypoint(config: RunConfig, where: str) -> None:
@@ -126,30 +131,44 @@ def check_entrypoint(config: RunConfig, where: str) -> None:
         raise ConfigError(f"{where}: entrypoint: {problem} (tried from {os.getcwd()}); mend entrypoint or the module")
 
 
-def follow(job: Submitted, show: Callable[[str], None]) -> bool:
-    """Pass on what rank 0 prints until a local run ends; returns whether it finished.
+def follow(job: Submitted, show: Callable[[str], None]) -> tuple[str, str]:
+    """Pass on what rank 0 prints until a local run ends; returns its outcome, "finished" or another word, and why.
 
     Raises:
         KeyboardInterrupt: the user stops watching; the run goes on.
     """
-    log = layout_log(job)
-    offset = 0
+    shown: dict[str, int] = {}
     while True:
-        running = local.is_running(job.job_id)
-        with contextlib.suppress(FileNotFoundError), log.open("rb") as file:
-            file.seek(offset)
-            text = file.read()
-            offset += len(text)
-            if text:
-                show(text.decode(errors="replace"))
+        running = job.supervisor is not None and local.is_running(job.supervisor)
+        for job_id in local.job_ids(job.layout):
+            shown[job_id] = shown.get(job_id, 0) + _show_from(rank_0_log(job.layout, job_id), shown.get(job_id, 0), show)
         if not running:
-            return Ledger(job.layout.events).last().get("event") == "finished"
+            return outcome(Ledger(job.layout.events).events(job.known_events))
         time.sleep(0.1)
 
 
-def layout_log(job: Submitted) -> Path:
+def rank_0_log(layout: RunLayout, job_id: str) -> Path:
     """Return rank 0's log of a job: standard output, and on this machine standard error too."""
-    return job.layout.logs / f"{job.job_id}_0_log.out"
+    return layout.logs / f"{job_id}_0_log.out"
+
+
+def newest_log(job: Submitted) -> tuple[str, Path]:
+    """Return the id that a local run's newest job has by now, and rank 0's log of it."""
+    job_id = [job.job_id, *local.job_ids(job.layout)][-1]
+    return job_id, rank_0_log(job.layout, job_id)
+
+
+def _show_from(log: Path, offset: int, show: Callable[[str], None]) -> int:
+    """Show what a log holds behind `offset`, and return how many bytes that was."""
+    try:
+        with log.open("rb") as file:
+            file.seek(offset)
+            text = file.read()
+    except FileNotFoundError:
+        return 0
+    if text:
+        show(text.decode(errors="replace"))
+    return len(text)
 
 
 def _retention(config: RunConfig) -> Retention:
@@ -184,13 +203,13 @@ def _refuse_if_in_use(layout: RunLayout, ledger: Ledger) -> None:
     submitted = [event for event in ledger.events() if event.get("event") == "submitted"]
     if not submitted:
         return
-    job_id, cluster = str(submitted[-1]["job_id"]), submitted[-1]["cluster"]
-    if cluster == "local":
-        live = ledger.last().get("event") not in ("finished", "failed", "ended", "left") and local.is_running(job_id)
+    job_id, supervisor = str(submitted[-1]["job_id"]), submitted[-1].get("supervisor")
+    if supervisor is not None:
+        live, job_id = local.is_running(supervisor), local.job_ids(layout)[-1]
     else:
         live = scheduler.has_slurm() and scheduler.is_live(job_id)
     if live:
-        how = f"kill {job_id}" if cluster == "local" else f"scancel {job_id}"
+        how = f"scancel {job_id}" if supervisor is None else f"kill {job_id}"
         raise RunDirectoryError(
             f"{layout.root}: job {job_id} still waits or runs in this run directory; wait, end it with `{how}`, or set another run_dir"
         )

@@ -8,50 +8,81 @@ from typing import NoReturn
 from hpcckpt.config import RunConfig
 from hpcckpt.errors import SchedulerError
 from hpcckpt.layout import RunLayout
+from hpcckpt.policy import outcome
 from hpcckpt.store.ledger import Ledger
 from hpcckpt.task import RankTask
 
-# The last event of an attempt that another attempt of the same run follows.
-_GOES_ON = "requeue"
 
-
-def start(config: RunConfig, layout: RunLayout) -> str:
+def start(config: RunConfig, layout: RunLayout) -> tuple[str, str]:
     """Start a local job in a session of its own, so that neither Ctrl-C nor a closed terminal ends it.
 
-    submitit's controller starts tasks anew at most five times, so a parent process starts further controllers as long as
-    the run wants to go on.
+    submitit's controller starts tasks anew at most five times, so a supervisor starts further controllers as long as the
+    run wants to go on. Returns the first job id (its controller's pid) and the supervisor, for `is_running`.
+
+    Raises:
+        SchedulerError: the job could not be started.
     """
     reader, writer = os.pipe()
-    if os.fork() == 0:
+    pid = os.fork()
+    if pid == 0:
         os.close(reader)
         _supervise(config, layout, writer)
+    supervisor = _process(pid)
     os.close(writer)
     with open(reader, encoding="utf-8") as pipe:
-        outcome, _, text = pipe.read().partition(":")
-    if outcome != "started":
+        word, _, text = pipe.read().partition(":")
+    if word != "started":
         raise SchedulerError(f"the local job could not be started: {text or 'its first process ended'}")
-    return text
+    return text, supervisor
+
+
+def is_running(supervisor: str) -> bool:
+    """Return whether a supervisor lives; a zombie does not, and a later process of the same pid is another one."""
+    return _process(int(supervisor.partition("@")[0])) == supervisor
+
+
+def job_ids(layout: RunLayout) -> list[str]:
+    """Return the job ids of the last submission, in order; more than one after many restarts."""
+    ids: list[str] = []
+    for event in Ledger(layout.events).events():
+        if event.get("event") == "submitted":
+            ids = [str(event.get("job_id"))]
+        elif event.get("event") == "resubmitted":
+            ids.append(str(event.get("job_id")))
+    return ids
+
+
+def _process(pid: int) -> str:
+    """Return "pid@start time" of a living process, "" for any other."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    return "" if fields[0] in ("Z", "X") else f"{pid}@{fields[19]}"
 
 
 def _supervise(config: RunConfig, layout: RunLayout, writer: int) -> NoReturn:
-    """Be the parent of local controllers; never returns. Runs in a forked process."""
+    """Be the parent of local controllers; never returns. Runs in a forked process, which has no threads to lose."""
     code = 1
     try:
         os.setsid()
+        with open(os.devnull, "r+b") as null:
+            # Else whoever reads our caller's output through a pipe would wait for the end of the run.
+            for descriptor in (0, 1, 2):
+                os.dup2(null.fileno(), descriptor)
         os.environ["SUBMITIT_PREEMPT_SIGNAL"] = config.requeue.signal
-        # Threads of the login process's Python would not have survived the fork; it has none.
+        ledger = Ledger(layout.events)
+        known = len(ledger.events())
         job_id = _one_job(config, layout)
         os.write(writer, f"started:{job_id}".encode())
         os.close(writer)
-        with open(os.devnull, "r+b") as null:
-            for descriptor in (0, 1, 2):
-                os.dup2(null.fileno(), descriptor)
         while True:
             os.waitpid(int(job_id), 0)
-            if Ledger(layout.events).last().get("event") != _GOES_ON:
+            if outcome(ledger.events(known))[0] != "requeue":
                 break
+            known = len(ledger.events())
             job_id = _one_job(config, layout)
-            Ledger(layout.events).append("resubmitted", job_id=job_id)
+            ledger.append("resubmitted", job_id=job_id)
         code = 0
     except BaseException as error:  # noqa: BLE001 - the only way out of a forked process is _exit
         with contextlib.suppress(OSError):
@@ -73,12 +104,3 @@ def _one_job(config: RunConfig, layout: RunLayout) -> str:
         stderr_to_stdout=True,
     )
     return str(executor.submit(RankTask(str(layout.root))).job_id)
-
-
-def is_running(job_id: str) -> bool:
-    """Return whether a local job's controller runs; a zombie does not."""
-    try:
-        status = Path(f"/proc/{int(job_id)}/stat").read_text(encoding="utf-8")
-    except (FileNotFoundError, ProcessLookupError, ValueError):
-        return False
-    return status.rpartition(")")[2].split()[0] not in ("Z", "X")

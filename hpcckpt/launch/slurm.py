@@ -1,6 +1,7 @@
 """One job on Slurm through submitit: the batch script, and its submission."""
 
 import contextlib
+import io
 import os
 import shlex
 from collections.abc import Iterator
@@ -83,7 +84,8 @@ def start(config: RunConfig, layout: RunLayout) -> str:
         SubmissionError: sbatch refused; its own message is passed on.
     """
     executor = _executor(config, layout)
-    with _environ_for_submission():
+    # submitit prints sbatch's words on stderr, too; they are in the exception.
+    with _environ_for_submission(), contextlib.redirect_stderr(io.StringIO()):
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         try:

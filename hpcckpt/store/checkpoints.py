@@ -83,9 +83,9 @@ class CheckpointStore:
         """
         name = checkpoint_name(epoch, None if epoch_finished else step)
         path = self._layout.checkpoints / name
-        self._refuse_if_fenced()
         began = time.monotonic()
         try:
+            self._refuse_if_fenced()
             size_bytes, digest = write_durably(path, write, publishing=self._owned())
             entry = {
                 "file": name,
@@ -105,11 +105,12 @@ class CheckpointStore:
                 infos = self.infos()
                 self._link_best(infos)
                 self._delete(self._retention.surplus(infos, {name}))
-        except OSError as error:
-            if isinstance(error, FencedError | RunDirectoryError):
-                raise
+        except (FencedError, RunDirectoryError):
+            raise
+        except (OSError, CheckpointCorruptError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise CheckpointSaveError(
-                f"{path}: the checkpoint could not be written ({error.strerror or error}); the ones before it are intact: "
+                f"{path}: the checkpoint could not be written ({reason}); the ones before it are intact: "
                 "free some space or mend the file system, then submit again"
             ) from error
         return path

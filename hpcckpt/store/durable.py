@@ -141,11 +141,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     except OSError as error:
         raise CheckpointCorruptError(f"{path}: cannot be read ({error.strerror})") from None
-    with open(descriptor, "rb") as file:
-        try:
+    try:
+        with open(descriptor, "rb") as file:
             value = json.loads(file.read(_JSON_LIMIT_BYTES))
-        except (ValueError, OSError, RecursionError) as error:
-            raise CheckpointCorruptError(f"{path}: is not what hpcckpt wrote there ({error})") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointCorruptError(f"{path}: is not what hpcckpt wrote there ({error})") from None
     if not isinstance(value, dict):
         raise CheckpointCorruptError(f"{path}: is not what hpcckpt wrote there (no JSON object)")
     return value

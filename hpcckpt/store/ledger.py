@@ -22,14 +22,9 @@ class Ledger:
         line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, default=str) + "\n"
         append_lines(self._path, line, durable=True)
 
-    def events(self) -> list[dict[str, Any]]:
-        """Return all events, oldest first; a line that a crash cut off is left out."""
-        return read_lines(self._path)
-
-    def last(self) -> dict[str, Any]:
-        """Return the newest event; {} without any."""
-        events = self.events()
-        return events[-1] if events else {}
+    def events(self, skip: int = 0) -> list[dict[str, Any]]:
+        """Return the events behind the first `skip`, oldest first; a line that a crash cut off is left out."""
+        return read_lines(self._path)[skip:]
 
 
 def append_lines(path: Path, text: str, *, durable: bool = False) -> None:

@@ -3,13 +3,14 @@
     python exact.py RUN_DIR [key=value …]
 
 HPCCKPT_TEST_STOPS="0@5 1@9" has rank 0 signal itself within step 5, and rank 1 within step 9, each once a run;
-HPCCKPT_TEST_KILLS has them killed.
+HPCCKPT_TEST_KILLS has them killed, HPCCKPT_TEST_RAISES has them raise. args.step_s slows steps down.
 Writes the ids each rank trained on to <run_dir>/ids.<rank>, one line a step.
 """
 
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -38,6 +39,8 @@ def signal_if_planned(run: hpcckpt.Run, step: int | str) -> None:
         if f"{run.rank}@{step}" in os.environ.get(f"HPCCKPT_TEST_{plan}", "").split() and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), number)
+    if f"{run.rank}@{step}" in os.environ.get("HPCCKPT_TEST_RAISES", "").split():
+        raise ZeroDivisionError("a bug in the training script")
 
 
 def main(run: hpcckpt.Run) -> None:
@@ -50,6 +53,11 @@ def main(run: hpcckpt.Run) -> None:
     loader = run.loader(Numbers(), BATCH_SIZE, shuffle=True, num_workers=int(run.args.get("workers", 0)))
     with Path(run.run_dir, f"ids.{run.rank}").open("a") as ids:
         for epoch in run.epochs(int(run.args.get("epochs", EPOCHS))):
+            if run.args.get("poll_first"):
+                signal_if_planned(run, f"first{run.restart_count}")
+                for _ in range(50):
+                    time.sleep(0.01)
+                    run.poll()
             for index, x, y in run.batches(loader):
                 loss = mse_loss(model(x), y)
                 optimizer.zero_grad()
@@ -57,6 +65,7 @@ def main(run: hpcckpt.Run) -> None:
                 optimizer.step()
                 print(epoch, *index.tolist(), file=ids, flush=True)
                 run.log(loss=loss.detach())
+                time.sleep(run.args.get("step_s", 0))
                 signal_if_planned(run, run._step + 1)
                 run.step()
             scheduler.step()

@@ -1,0 +1,36 @@
+# `make demo` and `make test` do all the set-up there is; CONTRIBUTING.md says more.
+#   PYTHON=python3.12 make test     another Python
+#   make test REQUIRE_SLURM=1       no Slurm is a failure instead of a skip
+#   make test TESTS=tests/unit      a part of the tests
+PYTHON ?= python3
+VENV ?= .venv
+TESTS ?= tests
+REQUIRE_SLURM ?= 0
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint format slurm clean
+
+demo: $(VENV)/.installed
+	@$(BIN)/python -m examples.demo
+
+test: $(VENV)/.installed slurm
+	HPCCKPT_REQUIRE_SLURM=$(REQUIRE_SLURM) $(BIN)/python -m pytest $(TESTS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+slurm:
+	@slurm/install
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@./bootstrap "$(PYTHON)" "$(VENV)"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
