@@ -221,7 +221,13 @@ class Run:
         """Record values of the step in progress (numbers or one-element tensors) in metrics.jsonl; rank 0's count.
 
         Call it before `step`. Nothing is written or waited for here.
+
+        Raises:
+            UsageError: a tensor has more than one element.
         """
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor) and value.numel() != 1:
+                raise UsageError(f"run.log({name}=…): a tensor of shape {tuple(value.shape)} is no number; log its mean, say")
         if self.is_main:
             self._metrics_file.add("log", self._epoch, self._step + 1, values)
 

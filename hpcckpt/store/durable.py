@@ -145,9 +145,9 @@ def read_json(path: Path) -> dict[str, Any] | None:
         with open(descriptor, "rb") as file:
             value = json.loads(file.read(_JSON_LIMIT_BYTES))
     except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointCorruptError(f"{path}: is not what hpcckpt wrote there ({error})") from None
+        raise CheckpointCorruptError(f"{path}: is not what hpcckpt wrote there ({error}); move it away, then submit again") from None
     if not isinstance(value, dict):
-        raise CheckpointCorruptError(f"{path}: is not what hpcckpt wrote there (no JSON object)")
+        raise CheckpointCorruptError(f"{path}: is not what hpcckpt wrote there (no JSON object); move it away, then submit again")
     return value
 
 
