@@ -27,14 +27,14 @@ def test_every_link_to_a_file_leads_somewhere(page):
             assert (page.parent / target.partition("#")[0]).exists(), target
 
 
-@pytest.mark.parametrize("key", [key for key in config._all_keys() if key not in ("slurm", "checkpoint", "requeue", "resume")])
+@pytest.mark.parametrize("key", [key for key in config.all_keys() if key not in ("slurm", "checkpoint", "requeue", "resume")])
 def test_every_configuration_key_is_documented(key):
     assert f"`{key}`" in reference("configuration.md")
 
 
 def test_no_other_key_is_documented():
     documented = set(re.findall(r"`((?:slurm|checkpoint|requeue|resume)\.[a-z_]+)`", reference("configuration.md")))
-    assert documented <= set(config._all_keys())
+    assert documented <= set(config.all_keys())
 
 
 @pytest.mark.parametrize("name", [name for name, value in vars(RunLayout).items() if isinstance(value, property)])
