@@ -188,8 +188,8 @@ class Run:
         if self._restored is None:
             raise UsageError("run.batches: call it inside of `for epoch in run.epochs(…)`")
         cursor.begin(self._epoch)
-        # Slurm signals every process of the job; a worker would die of USR1.
-        with children_protected((self._config.requeue.signal,)):
+        # Slurm signals every process of the job; workers would die of it.
+        with children_protected((self._config.requeue.signal, "TERM")):
             iterator = iter(loader)
         if self._apply_rng_in_batches:
             # What the script drew since the restore was drawn before the interruption as well.

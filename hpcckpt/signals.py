@@ -9,6 +9,7 @@ handlers varies. SIGCONT needs no handler at all.
 """
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -73,7 +74,7 @@ def children_protected(names: Sequence[str] = ("USR1", "TERM")) -> Iterator[None
 
     A blocked mask is inherited over fork and exec alike, where a handler or a worker_init_fn would come too late.
     What arrives meanwhile is delivered to this process on leaving, or to another of its threads at once. A child that must end on SIGTERM
-    (DataLoader's do, when they are terminated) needs `names` without it.
+    has to call `obey_parent_only`, as DataLoader's workers do here.
     """
     numbers = {signal.Signals[f"SIG{name}"] for name in names}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
@@ -81,6 +82,22 @@ def children_protected(names: Sequence[str] = ("USR1", "TERM")) -> Iterator[None
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def obey_parent_only() -> None:
+    """In a child that was started inside of `children_protected`: end on a SIGTERM of the parent, and on no other.
+
+    Slurm sends SIGTERM to every process of a job that is cancelled or preempted. A DataLoader whose workers die of it raises
+    in the training before that can save; one whose workers cannot be terminated at all waits for them for ever.
+    """
+    parent = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=wait, name="hpcckpt-sigterm", daemon=True).start()
 
 
 @contextlib.contextmanager

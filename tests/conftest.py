@@ -102,6 +102,8 @@ class RankLauncher:
         assert set(attempts[-1].codes) == {0}, attempts[-1]
         return attempts
 
+    wait_until = staticmethod(wait_until)
+
     def stop(self) -> None:
         """Kill what still runs."""
         for process in self.processes:

@@ -1,6 +1,7 @@
 """A DataLoader whose place in the epoch is counted in samples that were trained on."""
 
-from collections.abc import Iterator, Sized
+import functools
+from collections.abc import Callable, Iterator, Sized
 from typing import Any, TypeVar, cast
 
 import torch
@@ -8,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from hpcckpt.data.plan import EpochPlan
 from hpcckpt.errors import CheckpointMismatchError, UsageError
+from hpcckpt.signals import obey_parent_only
 from hpcckpt.state.rng import derive_seed
 
 T = TypeVar("T")
@@ -125,4 +127,12 @@ def make_loader(
         seed=seed,
         number=number,
     )
-    return DataLoader(dataset, batch_sampler=cursor, generator=cursor.generator, **arguments)
+    init = functools.partial(_start_worker, arguments.pop("worker_init_fn", None))
+    return DataLoader(dataset, batch_sampler=cursor, generator=cursor.generator, worker_init_fn=init, **arguments)
+
+
+def _start_worker(users: Callable[[int], None] | None, worker_id: int) -> None:
+    """Run in each worker before its first sample."""
+    obey_parent_only()
+    if users is not None:
+        users(worker_id)

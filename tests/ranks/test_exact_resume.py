@@ -1,8 +1,10 @@
 """The one sentence: the same bits as if nothing had interrupted the run. Real gloo ranks, real signals."""
 
 import json
+import signal
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -73,6 +75,27 @@ def test_a_stop_in_the_evaluation_resumes_as_if_the_schedulers_step_had_not_been
     assert "goes on behind epoch 0, step 13 of" in attempts[1].outputs[0]
     assert_equal(final_state(whole), final_state(broken), "checkpoint")
     assert trained_ids(whole, 1) == trained_ids(broken, 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=["USR1", "TERM"])
+def test_a_signal_to_every_process_of_the_job_workers_included_still_saves(ranks, tmp_path, number):
+    """Slurm's way: slurmstepd signals ranks and their children alike."""
+    workers = "args.workers=2"
+    ranks.run_to_the_end([SCRIPT, str(tmp_path / "whole"), workers], 2)
+    run_dir = tmp_path / "signalled"
+    started = ranks.start([SCRIPT, str(run_dir), workers, "args.step_s=0.1"], 2)
+    ranks.wait_until(lambda: any(run_dir.glob("ids.1")) and (run_dir / "ids.1").read_text(), "the first batch of rank 1")
+    processes = [psutil.Process(process.pid) for process in started]
+    everyone = [*processes, *(child for process in processes for child in process.children(recursive=True))]
+    assert len(everyone) >= 6, "two ranks with two workers each"
+    for process in everyone:
+        process.send_signal(number)
+    attempt = ranks.finish(started)
+    assert attempt.codes == ([144, 144] if number == signal.SIGUSR1 else [143, 0]), attempt.outputs
+    assert psutil.wait_procs(everyone, timeout=10)[1] == [], "a worker outlived its rank"
+    ranks.run_to_the_end([SCRIPT, str(run_dir), workers], 2)
+    assert_equal(final_state(tmp_path / "whole"), final_state(run_dir), "checkpoint")
+    assert trained_ids(tmp_path / "whole", 2) == trained_ids(run_dir, 2)
 
 
 def test_every_sample_is_trained_on_once_an_epoch_when_the_number_of_ranks_changes_within_it(ranks, tmp_path):
