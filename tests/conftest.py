@@ -20,14 +20,18 @@ REPOSITORY = Path(__file__).parents[1]
 SCRIPTS = Path(__file__).parent / "scripts"
 REQUEUE_EXIT_CODE = 144
 RANKS_TIMEOUT_S = 120.0
+_IMPATIENT = {"RES_OPTIONS": "timeout:1 attempts:1"}
 
 
 def clean_environ(**extra: str) -> dict[str, str]:
-    """Return this process's environment without launchers' variables, one thread per rank, and `extra`."""
+    """Return this process's environment without launchers' variables, one thread per rank, and `extra`.
+
+    torch's store looks up the name of whoever connects; without a name server to answer, each would wait ten seconds.
+    """
     prefixes = ("SLURM_", "SBATCH_", "SUBMITIT_", "HPCCKPT_", "TORCHELASTIC_")
     dropped = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
     kept = {name: value for name, value in os.environ.items() if not name.startswith(prefixes) and name not in dropped}
-    return {**kept, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **extra}
+    return {**kept, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **_IMPATIENT, **extra}
 
 
 def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 60.0) -> None:
