@@ -55,8 +55,11 @@ class Restored:
     path: Path | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     loaders: dict[str, dict[str, int]] = field(default_factory=dict)
-    # Applied by the caller, at the last moment before training: nothing may draw in between.
-    apply_rng: Callable[[], None] = lambda: None
+    # In whose loop the last step was made; generators go on there.
+    last_loader: str | None = None
+    # Puts back generators, schedulers and hyperparameters once more, where the last step was made: the script has run again what
+    # comes before, and had drawn and stepped there before the interruption, too.
+    put_back: Callable[[], None] = lambda: None
     notes: tuple[str, ...] = ()
 
 
@@ -81,7 +84,7 @@ class Checkpointer:
         self,
         position: Position,
         metrics: dict[str, float],
-        loaders: dict[str, dict[str, int]],
+        data_state: dict[str, Any],
         reason: str,
         boundary: Boundary | None = None,
     ) -> None:
@@ -97,7 +100,7 @@ class Checkpointer:
         began = time.monotonic()
         generators = self._ranks.gather(rng_state() if boundary is None else boundary.rng)
         earlier = None if boundary is None else boundary.tracked
-        self._ranks.from_main(lambda: self._commit(position, metrics, loaders, reason, earlier, generators))
+        self._ranks.from_main(lambda: self._commit(position, metrics, data_state, reason, earlier, generators))
         self._newest = position
         self.last_save_s = time.monotonic() - began
 
@@ -112,7 +115,7 @@ class Checkpointer:
         chosen = self._ranks.from_main(self._choose)
         if chosen is None:
             seed = derive_seed(self._seed, "rank", self._ranks.rank)
-            return Restored(apply_rng=lambda: seed_all(seed))
+            return Restored(put_back=lambda: seed_all(seed))
         path, weights_only = Path(chosen[0]), chosen[1]
         return self._ranks.together(lambda: self._load(path, weights_only=weights_only))
 
@@ -120,7 +123,7 @@ class Checkpointer:
         self,
         position: Position,
         metrics: dict[str, float],
-        loaders: dict[str, dict[str, int]],
+        data_state: dict[str, Any],
         reason: str,
         earlier: dict[str, Any] | None,
         generators: list[dict[str, Any]],
@@ -135,7 +138,7 @@ class Checkpointer:
             "world_size": self._ranks.world_size,
             "saved_with_wrapper": self._tracked.wrapper(),
             "rng_state": generators,
-            "data_state": {"epoch_finished": position.epoch_finished, "loaders": loaders},
+            "data_state": {"epoch_finished": position.epoch_finished, **data_state},
         }
         versions = {
             "hpcckpt": metadata.version("hpcckpt"),
@@ -182,12 +185,18 @@ class Checkpointer:
         self._tracked.load(content, weights_only=weights_only)
         if weights_only:
             seed = derive_seed(self._seed, "rank", self._ranks.rank)
-            return Restored(path=path, apply_rng=lambda: seed_all(seed), notes=("weights only: a new run begins from them",))
+            return Restored(path=path, put_back=lambda: seed_all(seed), notes=("weights only: a new run begins from them",))
         position = Position(content["epoch"], content["step"], content["data_state"]["epoch_finished"])
         if path.parent == self._layout.checkpoints:
             self._newest = position
+        data_state, small = content["data_state"], self._tracked.small_state()
         apply_rng, notes = self._generators(content)
-        return Restored(position, path, content["metrics"], content["data_state"]["loaders"], apply_rng, notes)
+
+        def put_back() -> None:
+            self._tracked.put_back(small)
+            apply_rng()
+
+        return Restored(position, path, content["metrics"], data_state["loaders"], data_state["last_loader"], put_back, notes)
 
     def _generators(self, content: dict[str, Any]) -> tuple[Callable[[], None], tuple[str, ...]]:
         saved = content["rng_state"]

@@ -76,9 +76,7 @@ def is_step_due(step: int, every_steps: int | None) -> bool:
     return every_steps is not None and step % every_steps == 0
 
 
-def stop_cause(
-    signals: Collection[str], user_signal: str, job: Mapping[str, str] | None, remaining_s: float | None, lead_time_s: int
-) -> Cause:
+def stop_cause(signals: Collection[str], job: Mapping[str, str] | None, remaining_s: float | None, lead_time_s: int) -> Cause:
     """Return why a rank was signalled.
 
     Slurm shows a job that is preempted as RUNNING with a PreemptTime, and one that was cancelled or has run out of time as
@@ -87,21 +85,22 @@ def stop_cause(
 
     Args:
         signals: names without SIG, of what any rank has received.
-        user_signal: `requeue.signal`.
         job: `scontrol show job`, or None where there is no Slurm or it did not answer.
         remaining_s: seconds to the job's time limit, or None where unknown.
         lead_time_s: `requeue.lead_time_s`; Slurm looks every 30 s and sends the signal up to 60 s earlier.
     """
     fields = job or {}
-    if fields.get("PreemptTime", "None") not in ("None", "Unknown", "N/A", ""):
-        return "preemption"
     state = fields.get("JobState", "")
     over = remaining_s is not None and remaining_s <= 0
+    # First: a job that is cancelled while it is being preempted shows both. And what Slurm requeues after a preemption's grace
+    # time, it requeues itself.
     if state.startswith("CANCELLED") or (state == "COMPLETING" and not over):
         return "cancelled"
+    if fields.get("PreemptTime", "None") not in ("None", "Unknown", "N/A", ""):
+        return "preemption"
     if remaining_s is not None and remaining_s <= lead_time_s + SLACK_S:
         return "time_limit"
-    return "by_hand" if user_signal in signals else "terminated"
+    return "by_hand" if set(signals) - {"TERM"} else "terminated"
 
 
 @dataclass(frozen=True)
@@ -148,25 +147,24 @@ def count_requeues(events: Iterable[Mapping[str, Any]]) -> int:
     return count
 
 
-def count_stalled(events: Iterable[Mapping[str, Any]], step: int) -> int:
-    """Return how many attempts in a row, the running one included, ended at the step they began with.
+def count_stalled(events: Iterable[Mapping[str, Any]]) -> int:
+    """Return how many attempts in a row, the newest included, saved nothing behind the step they began with.
 
     Args:
-        events: the ledger, oldest first; the running attempt has begun but not stopped.
-        step: where the running attempt is now.
+        events: the ledger, oldest first. An attempt that was stopped before it restored anything got no step further.
     """
-    begun: list[int] = []
+    attempts: list[bool] = []
+    start: int | None = None
     for event in events:
-        if event.get("event") == "submitted":
-            begun = []
-        elif event.get("event") == "restored":
-            begun.append(int(event.get("step", 0)))
-    stalled = 0
-    for start in reversed(begun):
-        if start != step:
-            break
-        stalled += 1
-    return stalled
+        kind = event.get("event")
+        if kind == "attempt":
+            attempts.append(False)
+            start = None
+        elif kind == "restored":
+            start = int(event.get("step", 0))
+        elif kind == "saved" and attempts and start is not None and int(event.get("step", 0)) > start:
+            attempts[-1] = True
+    return next((stalled for stalled, progressed in enumerate(reversed(attempts)) if progressed), len(attempts))
 
 
 def outcome(events: Iterable[Mapping[str, Any]]) -> tuple[Literal["finished", "requeue", "unfinished"], str]:
@@ -178,10 +176,10 @@ def outcome(events: Iterable[Mapping[str, Any]]) -> tuple[Literal["finished", "r
     for event in events:
         attempt = [] if event.get("event") == "attempt" else [*attempt, event]
     by_kind = {event.get("event"): event for event in reversed(attempt)}  # the first of each kind
-    if "finished" in by_kind:
-        return "finished", ""
     if "failed" in by_kind:  # the first: the other ranks fail of it
         return "unfinished", f"rank {by_kind['failed'].get('rank')} failed: {by_kind['failed'].get('error')}"
+    if "finished" in by_kind:
+        return "finished", ""
     if "ended" in by_kind:
         return "unfinished", str(by_kind["ended"].get("reason"))
     if "left" in by_kind:

@@ -13,10 +13,13 @@ from hpcckpt.config import RequeueConfig
 from hpcckpt.distributed import Ranks
 from hpcckpt.environment import TaskEnvironment
 from hpcckpt.errors import SchedulerError
+from hpcckpt.store.checkpoints import CheckpointStore
 from hpcckpt.store.ledger import Ledger
 
 # submitit's local controller starts all tasks again when one leaves with this code.
 LOCAL_REQUEUE_EXIT_CODE = 144
+# How long a controller that does not answer may delay the question why the job is stopped.
+ASK_PATIENCE_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,15 @@ class Stop:
     decision: policy.StopDecision
 
 
-def decide(ranks: Ranks, task: TaskEnvironment, config: RequeueConfig, ledger: Ledger, signals: tuple[str, ...], step: int) -> Stop:
+def decide(
+    ranks: Ranks,
+    task: TaskEnvironment,
+    config: RequeueConfig,
+    ledger: Ledger,
+    store: CheckpointStore,
+    signals: tuple[str, ...],
+    step: int,
+) -> Stop:
     """Return why this attempt stops and what comes next, the same on every rank. Every rank must call it.
 
     Args:
@@ -35,28 +46,33 @@ def decide(ranks: Ranks, task: TaskEnvironment, config: RequeueConfig, ledger: L
         task: this rank's place.
         config: `requeue.*`.
         ledger: counts requeues and progress.
+        store: knows whether a newer attempt has taken over.
         signals: names of the signals this rank received; those of all ranks count.
         step: optimizer steps behind this stop.
+
+    Raises:
+        FencedError: on every rank; a newer attempt has taken over, and this one must not requeue it.
     """
     received = {name for names in ranks.gather(signals) for name in names}
 
     def on_main() -> Stop:
+        store.refuse_if_fenced()
         job = None
         if task.launcher == "slurm" and task.job_id is not None:
             try:
-                job = scheduler.job_fields(task.job_id)
+                job = scheduler.patiently(lambda: scheduler.job_fields(str(task.job_id)), ASK_PATIENCE_S)
             except SchedulerError as error:
                 # The cause is for the record; the requeue below meets the controller again and then counts.
                 ledger.append("scheduler_error", problem=str(error))
         left_s = scheduler.remaining_s(job, datetime.now()) if job else None  # noqa: DTZ005 - Slurm prints local time
-        cause = policy.stop_cause(received, config.signal, job, left_s, config.lead_time_s)
+        cause = policy.stop_cause(received, job, left_s, config.lead_time_s)
         events = ledger.events()
         decision = policy.decide_stop(
             cause,
             enabled=config.enabled,
             requeues=policy.count_requeues(events),
             max_requeues=config.max_requeues,
-            stalled=policy.count_stalled(events, step),
+            stalled=policy.count_stalled(events),
             max_stalled=config.max_stalled,
         )
         ledger.append(
@@ -67,7 +83,9 @@ def decide(ranks: Ranks, task: TaskEnvironment, config: RequeueConfig, ledger: L
     return ranks.from_main(on_main)
 
 
-def leave(stop: Stop, task: TaskEnvironment, ledger: Ledger, step: int, how_to_go_on: str) -> NoReturn:
+def leave(
+    stop: Stop, task: TaskEnvironment, config: RequeueConfig, ledger: Ledger, store: CheckpointStore, step: int, how_to_go_on: str
+) -> NoReturn:
     """End this process, rank 0 after asking for the next attempt. Every rank must call it, outside the process group.
 
     Raises:
@@ -88,8 +106,9 @@ def leave(stop: Stop, task: TaskEnvironment, ledger: Ledger, step: int, how_to_g
     # Before the request: behind it SIGTERM is on its way.
     ledger.append("requeue", step=step, job_id=task.job_id)
     print(f"hpcckpt: saved at step {step}; requeueing job {task.job_id} ({stop.cause})", flush=True)
+    store.refuse_if_fenced()
     try:
-        scheduler.requeue(task.job_id)
+        scheduler.requeue(task.job_id, patience_s=config.lead_time_s)
     except SchedulerError as error:
         _end(ledger, step, f"Slurm did not requeue it ({error})", policy.EXIT_NOT_REQUEUED, how_to_go_on)
     raise SystemExit(0)

@@ -5,6 +5,7 @@ Three places matter, the same on every rank: `run.epochs` restores before the fi
 is where a save or a stop can happen.
 """
 
+import math
 import os
 import socket
 import time
@@ -22,7 +23,7 @@ from hpcckpt import config as configuration
 from hpcckpt import policy, requeue
 from hpcckpt.checkpoint import Boundary, Checkpointer, Position, Restored
 from hpcckpt.config import RunConfig
-from hpcckpt.data import Cursor, make_loader
+from hpcckpt.data import Cursor, Loops, make_loader
 from hpcckpt.distributed import Agreement, Ranks, choose_device, fix_bucket_order
 from hpcckpt.environment import TaskEnvironment
 from hpcckpt.errors import UsageError
@@ -67,12 +68,13 @@ class Run:
         if "OMP_NUM_THREADS" not in os.environ:
             # The same number on every node and attempt: it decides the order of sums on the CPU.
             torch.set_num_threads(config.slurm.cpus_per_task)
-        self.device = choose_device(task)
-        # A latch that was handed in outlives the run: behind it are submitit's handlers, which requeue.
+        # Before the ranks meet, which takes time, and again behind it: NCCL has handlers of its own.
         self._latch = latch or SignalLatch((config.requeue.signal, "TERM"))
         self._owns_latch = latch is None
+        self._latch.install()
+        self.device = choose_device(task)
         self._ranks = Ranks(task, self.device)
-        self._latch.install()  # behind the process group: NCCL and submitit have handlers of their own
+        self._latch.install()
         self.is_main = self._ranks.is_main
         self._ledger = Ledger(layout.events)
         self._metrics_file = MetricsFile(layout.metrics)
@@ -85,13 +87,12 @@ class Run:
         self._agreement = Agreement(self._ranks.store, task.rank, task.world_size)
         self._tracked = Tracked()
         self._checkpointer = Checkpointer(self._ranks, layout, self._store, self._ledger, self._tracked, config.seed)
-        self._cursors: dict[str, Cursor] = {}
+        self._loops = Loops()
         self._restored: Restored | None = None
-        self._apply_rng_in_batches = False
         self._epoch = 0
         self._step = 0
         self._metrics: dict[str, float] = {}
-        # Taken when the epoch's batches ended, while no step has followed.
+        # Taken where an epoch begins and where its batches end, for as long as no step follows.
         self._boundary: Boundary | None = None
         self._finished = False
         self._progress = Progress(0)
@@ -140,7 +141,7 @@ class Run:
         Raises:
             UsageError: the dataset has no length, or an argument would replace the resumable order.
         """
-        number = len(self._cursors)
+        number = len(self._loops)
         loader = make_loader(
             dataset,
             batch_size=batch_size,
@@ -152,8 +153,7 @@ class Run:
             number=number,
             **arguments,
         )
-        self._cursors[str(number)] = cast(Cursor, loader.batch_sampler)
-        self._place(str(number))
+        self._loops.add(cast(Cursor, loader.batch_sampler))
         return loader
 
     def epochs(self, total: int) -> Iterator[int]:
@@ -168,9 +168,10 @@ class Run:
         self._restore()
         self._progress = Progress(total)
         while self._epoch < total:
-            self._metrics = {}
+            self._boundary = self._checkpointer.boundary()
             yield self._epoch
             self._end_epoch(is_last=self._epoch + 1 >= total)
+            self._metrics = {}
         self._finished = True
 
     def batches(self, loader: "DataLoader[T]") -> Iterator[T]:
@@ -187,35 +188,41 @@ class Run:
             raise UsageError("run.batches: this DataLoader was not made by run.loader, so its position is unknown; make it with run.loader")
         if self._restored is None:
             raise UsageError("run.batches: call it inside of `for epoch in run.epochs(…)`")
-        cursor.begin(self._epoch)
-        # Slurm signals every process of the job; workers would die of it.
-        with children_protected((self._config.requeue.signal, "TERM")):
-            iterator = iter(loader)
-        if self._apply_rng_in_batches:
-            # What the script drew since the restore was drawn before the interruption as well.
-            self._apply_rng_in_batches = False
-            self._restored.apply_rng()
-        for batch in iterator:
-            cursor.advance()
-            yield batch
-        self._boundary = self._checkpointer.boundary()
+        if self._loops.begin(cursor, self._epoch):
+            self._restored.put_back()
+        try:
+            # Slurm signals every process of the job; workers would die of it.
+            with children_protected((self._config.requeue.signal, "TERM")):
+                iterator = iter(loader)
+            for batch in iterator:
+                cursor.advance()
+                yield batch
+        finally:  # a break ends it too
+            self._loops.end(cursor)
+            if self._boundary is None:
+                self._boundary = self._checkpointer.boundary()
 
     def step(self) -> None:
         """Say that one optimizer step is done; the last statement of the loop's body. Every rank must call it.
 
         May save, or save and leave by SystemExit. Costs microseconds otherwise.
         """
+        if self._restored is None or self._finished:
+            raise UsageError("run.step: call it inside of `for epoch in run.epochs(…)`")
         self._step += 1
         self._boundary = None
+        self._loops.step()
         due = policy.is_step_due(self._step, self._config.checkpoint.every_steps)
         self._act(Position(self._epoch, self._step, epoch_finished=False), due="every_steps" if due else None)
 
     def poll(self) -> None:
         """Give a stop the chance to happen in a long loop without training steps. Every rank must call it equally often.
 
-        A stop here saves the state behind the last training step; evaluation begins again after the restart.
+        A stop here saves the state behind the last training step; an evaluation begins again after the restart. Between a
+        batch and its `step` nothing happens: what was done with that batch is not counted yet.
         """
-        self._act(Position(self._epoch, self._step, epoch_finished=False))
+        if not self._finished and self._loops.is_between_batches:
+            self._act(Position(self._epoch, self._step, epoch_finished=False))
 
     def log(self, **values: Any) -> None:
         """Record values of the step in progress (numbers or one-element tensors) in metrics.jsonl; rank 0's count.
@@ -223,11 +230,11 @@ class Run:
         Call it before `step`. Nothing is written or waited for here.
 
         Raises:
-            UsageError: a tensor has more than one element.
+            UsageError: a value is no number, or more than one.
         """
         for name, value in values.items():
-            if isinstance(value, torch.Tensor) and value.numel() != 1:
-                raise UsageError(f"run.log({name}=…): a tensor of shape {tuple(value.shape)} is no number; log its mean, say")
+            if not isinstance(value, int | float | str) and math.prod(getattr(value, "shape", (0,))) != 1:
+                raise UsageError(f"run.log({name}=…): a {type(value).__name__} is no number, or more than one; log its mean, say")
         if self.is_main:
             self._metrics_file.add("log", self._epoch, self._step + 1, values)
 
@@ -241,10 +248,10 @@ class Run:
 
     def close(self) -> None:
         """Leave the other ranks in order; harmless when called twice. Every rank must call it."""
-        if self.is_main:
+        self._disconnect()
+        if self.is_main:  # behind the barrier: now all ranks are through
             self._metrics_file.flush()
             self._ledger.append("finished" if self._finished else "left", epoch=self._epoch, step=self._step)
-        self._disconnect()
         self._restore_signals()
 
     def __enter__(self) -> Self:
@@ -292,10 +299,9 @@ class Run:
         if restored.position is not None:
             self._step = restored.position.step
             self._epoch = restored.position.epoch + restored.position.epoch_finished
-            self._apply_rng_in_batches = not restored.position.epoch_finished
-            self._metrics = dict(restored.metrics)
-            for number in self._cursors:
-                self._place(number)
+            if not restored.position.epoch_finished:
+                self._metrics = dict(restored.metrics)
+                self._loops.restore(self._epoch, restored.loaders, restored.last_loader)
         if self.is_main:
             self._metrics_file.cut_back(self._step, self._epoch)
             file = None if restored.path is None else restored.path.name
@@ -308,16 +314,11 @@ class Run:
             for note in restored.notes:
                 print(f"hpcckpt: note: {note}", flush=True)
         self._next_save = self._save_deadline()
-        restored.apply_rng()
-
-    def _place(self, number: str) -> None:
-        """Put a loader where the checkpoint was, if that was within the epoch that is about to be continued."""
-        if self._restored is not None and self._apply_rng_in_batches and number in self._restored.loaders:
-            self._cursors[number].restore(self._restored.loaders[number])
+        restored.put_back()
 
     def _end_epoch(self, *, is_last: bool) -> None:
         self._boundary = None
-        self._apply_rng_in_batches = False
+        self._loops.end_epoch()
         position = Position(self._epoch, self._step, epoch_finished=True)
         if policy.is_epoch_due(self._epoch, self._config.checkpoint.every_epochs, is_last=is_last):
             self._save(position, "every_epochs")
@@ -334,7 +335,7 @@ class Run:
         wish = self._agreement.tick()
         if wish == "stop":
             self._stop(position)
-        elif wish == "save" or due is not None:
+        elif self._restored is not None and (wish == "save" or due is not None):
             self._save(position, due or "every_minutes")
         elif self.is_main and time.monotonic() >= self._next_report:
             self._report_progress()
@@ -342,16 +343,16 @@ class Run:
     def _save(self, position: Position, reason: str) -> None:
         if self.is_main:
             self._report_progress()
-        loaders = {} if position.epoch_finished else {number: cursor.position() for number, cursor in self._cursors.items()}
-        self._checkpointer.save(position, self._metrics, loaders, reason, self._boundary)
+        self._checkpointer.save(position, self._metrics, self._loops.data_state(position.epoch), reason, self._boundary)
         self._next_save = self._save_deadline()
 
     def _stop(self, position: Position) -> None:
-        self._save(position, "stop")
-        stop = requeue.decide(self._ranks, self._task, self._config.requeue, self._ledger, self._latch.received(), self._step)
+        if self._restored is not None:  # else there is nothing yet that the newest checkpoint does not hold
+            self._save(position, "stop")
+        stop = requeue.decide(self._ranks, self._task, self._config.requeue, self._ledger, self._store, self._latch.received(), self._step)
         self._disconnect()
         how_to_go_on = f"To go on: python -m hpcckpt.submit conf={self._layout.config}"
-        requeue.leave(stop, self._task, self._ledger, self._step, how_to_go_on)
+        requeue.leave(stop, self._task, self._config.requeue, self._ledger, self._store, self._step, how_to_go_on)
 
     def _disconnect(self) -> None:
         self._ranks.barrier()
@@ -359,7 +360,8 @@ class Run:
         self._ranks.close()
 
     def _restore_signals(self) -> None:
-        # Not on the way out of a stop: a second signal there must stay harmless.
+        # Not on the way out of a stop, where a second signal must stay harmless; and not a latch that was handed in, since
+        # behind it are submitit's handlers, which requeue.
         if self._owns_latch:
             self._latch.restore()
 

@@ -7,14 +7,20 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TypeVar
 
 from hpcckpt.environment import submission_environ
 from hpcckpt.errors import SchedulerError, SubmissionError
 
+T = TypeVar("T")
+
 COMMAND_TIMEOUT_S = 60.0
+# What scontrol says when asking again is no use.
+_FORBIDDEN = ("disabled", "denied", "Invalid job id", "not supported")
 # First words of the lines of `scontrol show job` that tell state and times.
 _STATE_LINES = frozenset({"JobState", "RunTime", "StartTime", "PreemptEligibleTime", "PreemptTime"})
 
@@ -39,7 +45,8 @@ def run_command(
     try:
         done = subprocess.run(
             list(argv),
-            env=None if environ is None else dict(environ),
+            # A user's own format of times could not be read.
+            env={**(os.environ if environ is None else environ), "SLURM_TIME_FORMAT": "standard"},
             input=stdin,
             capture_output=True,
             text=True,
@@ -120,19 +127,50 @@ def is_live(job_id: str) -> bool:
     }  # fmt: skip
 
 
-def requeue(job_id: str) -> None:
+def patiently(action: Callable[[], T], patience_s: float) -> T:
+    """Return what `action` returns, trying again for `patience_s` while it raises SchedulerError; then that is raised."""
+    deadline = time.monotonic() + patience_s
+    delay_s = 0.5
+    while True:
+        try:
+            return action()
+        except SchedulerError:
+            # A program that is not there will not come; a busy controller will.
+            if time.monotonic() + delay_s > deadline or shutil.which("scontrol") is None:
+                raise
+        time.sleep(delay_s)
+        delay_s = min(delay_s * 2, 10.0)
+
+
+def requeue(job_id: str, patience_s: float = 0.0) -> None:
     """Ask Slurm to start this job anew: same id, same script. The caller is the job's own rank 0.
 
     Slurm answers and at once sends SIGTERM to every process of the job, scontrol included, so an scontrol that died
-    of a signal tells nothing: then the job's own state does.
+    of a signal, or whose answer did not come, tells nothing: then the job's own state does. A busy controller is asked again
+    for `patience_s`; one that forbids it is not.
 
     Raises:
         SchedulerError: Slurm refused (its message is passed on) or did not answer.
     """
-    done = run_command(["scontrol", "requeue", job_id])
-    if done.returncode == 0 or (done.returncode < 0 and _was_requeued(job_id)):
-        return
-    raise SchedulerError(f"scontrol requeue {job_id}: {done.stderr or f'ended with {done.returncode}'}")
+    refusal: list[SchedulerError] = []
+
+    def ask() -> None:
+        try:
+            done = run_command(["scontrol", "requeue", job_id])
+            problem = "" if done.returncode == 0 else done.stderr or f"ended with {done.returncode}"
+        except SchedulerError as error:
+            problem = str(error)
+        if not problem:
+            return
+        failure = SchedulerError(f"scontrol requeue {job_id}: {problem}")
+        if any(word in problem for word in _FORBIDDEN):
+            refusal.append(failure)
+        elif not _was_requeued(job_id):
+            raise failure
+
+    patiently(ask, patience_s)
+    if refusal:
+        raise refusal[0]
 
 
 def _was_requeued(job_id: str) -> bool:

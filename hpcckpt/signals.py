@@ -100,6 +100,11 @@ def obey_parent_only() -> None:
     threading.Thread(target=wait, name="hpcckpt-sigterm", daemon=True).start()
 
 
+def ignore_termination() -> None:
+    """Let SIGTERM pass this process and, until they decide otherwise, those it starts."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def interrupt_raises() -> Iterator[None]:
     """Make Ctrl-C raise KeyboardInterrupt inside, also where a parent made us ignore it."""

@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HpcckptError as error:
         print(f"hpcckpt: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_NOT_SUBMITTED if isinstance(error, SchedulerError) else EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("hpcckpt: interrupted", file=sys.stderr)
+        return EXIT_DETACHED
     except OSError as error:
         # A full disk, a name that is too long: nothing that a traceback explains better.
         print(f"hpcckpt: {error.filename or 'submission'}: {error.strerror or error}; mend that, then submit again", file=sys.stderr)
@@ -86,10 +89,10 @@ def _watch(job: "Submitted") -> int:
     try:
         with interrupt_raises():
             ending, why = launch.follow(job, show)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):
         job_id, log = launch.newest_log(job)
         print(
-            f"\nhpcckpt: no longer watching; job {job_id} goes on. To watch again: tail -f {log}; to end it: kill {job_id}",
+            f"\nhpcckpt: no longer watching; job {job_id} goes on. To watch again: tail -f {log}; to end it: {launch.how_to_end(job)}",
             file=sys.stderr,
         )
         return EXIT_DETACHED

@@ -32,12 +32,11 @@ class RankTask:
             SystemExit: the attempt was stopped and saved.
             Exception: whatever the training raised, so that submitit and Slurm see a failed task.
         """
-        layout = RunLayout(Path(self.run_dir))
-        merged = configuration.load(layout.config)
-        config = configuration.resolve(merged, str(layout.config))
-        # Before torch is imported, which takes seconds in which a signal would end the process or reach submitit.
-        latch = SignalLatch((config.requeue.signal, "TERM"))
+        # First of all: behind it are submitit's handlers, which requeue or fail the job, and torch takes seconds to import.
+        latch = SignalLatch(("USR1", "USR2", "TERM"))
         latch.install()
+        layout = RunLayout(Path(self.run_dir))
+        config = configuration.resolve(configuration.load(layout.config), str(layout.config))
         task = TaskEnvironment.from_environ(os.environ)
         task.check_against(config.slurm.nodes, config.slurm.tasks_per_node)
         main = import_entrypoint(config.entrypoint)

@@ -21,7 +21,8 @@ class Cursor(Sampler[list[int]]):
     """The batch sampler of a resumable loader, and its position.
 
     The order depends on seed, epoch and loader number only. It yields batches ahead of the training (workers prefetch);
-    `consumed` counts what was handed to the training, and that is what a checkpoint holds.
+    what counts is what was handed to the training when it last said `run.step()`. A loader in whose loop no step is made (an
+    evaluation's) has no position, and always begins anew.
     """
 
     def __init__(
@@ -33,14 +34,29 @@ class Cursor(Sampler[list[int]]):
         self._number = number
         self._epoch = 0
         self._plan = EpochPlan(num_samples, world_size, batch_size, 0, drop_last)
-        self._resume_at: int | None = None
         self._handed_out = 0
+        # Batches of this loop that were handed out when the last step was made.
+        self._stepped = 0
+        # Epoch, and samples of it behind the last step.
+        self._position: tuple[int, int] | None = None
+        self._resume_at: int | None = None
+        # Whether steps are made in loops over this loader.
+        self.trains = False
         self.generator = torch.Generator()
+
+    @property
+    def number(self) -> str:
+        """Which of the run's loaders this is, in order of creation."""
+        return str(self._number)
+
+    @property
+    def in_progress(self) -> bool:
+        """Whether a batch was handed out behind the last step."""
+        return self._handed_out > self._stepped
 
     def __len__(self) -> int:
         """Return the batches of a whole epoch, for schedulers and progress bars, wherever this one goes on."""
-        plan = self._plan
-        return EpochPlan(plan.num_samples, plan.world_size, plan.batch_size, 0, plan.drop_last).num_batches
+        return self._behind(0).num_batches
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield this rank's batches of indices, from the position on."""
@@ -53,9 +69,8 @@ class Cursor(Sampler[list[int]]):
         """Go to the beginning of an epoch, or to the restored position if this is the first time since."""
         start, self._resume_at = self._resume_at or 0, None
         self._epoch = epoch
-        self._handed_out = 0
-        plan = self._plan
-        self._plan = EpochPlan(plan.num_samples, plan.world_size, plan.batch_size, start, plan.drop_last)
+        self._handed_out = self._stepped = 0
+        self._plan = self._behind(start)
         # Worker seeds come from here: the global generator must not depend on how often an epoch was begun.
         self.generator.manual_seed(derive_seed(self._seed, "workers", self._number, epoch))
 
@@ -63,13 +78,30 @@ class Cursor(Sampler[list[int]]):
         """Count one batch as handed to the training."""
         self._handed_out += 1
 
-    def position(self) -> dict[str, int]:
-        """Return the position for a checkpoint: samples of the epoch that were handed out, over all ranks."""
-        plan = self._plan
-        consumed = plan.bounds(self._handed_out - 1)[1] if self._handed_out else plan.start
-        return {"consumed": consumed, "num_samples": plan.num_samples}
+    def step(self) -> None:
+        """Note that everything that was handed out is trained on."""
+        self.trains = True
+        self._stepped = self._handed_out
+        if self._handed_out:
+            self._position = self._epoch, self._plan.bounds(self._handed_out - 1)[1]
 
-    def restore(self, position: dict[str, int]) -> None:
+    def end(self) -> None:
+        """Note that the loop is over, by its end or by a break: a loop in which steps were made is not entered again."""
+        if self._stepped:
+            self._position = self._epoch, self._plan.num_samples
+        self._handed_out = self._stepped = 0
+
+    def position(self, epoch: int) -> dict[str, int] | None:
+        """Return the position in `epoch` for a checkpoint: samples that were trained on, over all ranks; None without any."""
+        if self._position is None or self._position[0] != epoch:
+            return None
+        return {"consumed": self._position[1], "num_samples": self._plan.num_samples}
+
+    def forget(self) -> None:
+        """Note that the epoch is over."""
+        self._position = self._resume_at = None
+
+    def restore(self, epoch: int, position: dict[str, int]) -> None:
         """Go on behind a saved position when the epoch is begun next.
 
         Raises:
@@ -80,7 +112,13 @@ class Cursor(Sampler[list[int]]):
                 f"the dataset of loader {self._number} has {self._plan.num_samples} samples, but had {position['num_samples']} when "
                 "the epoch was interrupted: bring back the former data, or go on from the end of an epoch (resume.epoch=…)"
             )
+        self.trains = True
         self._resume_at = position["consumed"]
+        self._position = epoch, position["consumed"]
+
+    def _behind(self, start: int) -> EpochPlan:
+        plan = self._plan
+        return EpochPlan(plan.num_samples, plan.world_size, plan.batch_size, start, plan.drop_last)
 
     def _order(self) -> torch.Tensor | None:
         """Return the epoch's order, None where it is the dataset's own; 8 bytes a sample."""

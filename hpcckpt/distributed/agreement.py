@@ -78,10 +78,11 @@ class Agreement:
                 self._own_wish = wish
         elif self._wished_round < self._round:
             self._wished_round = self._round
-            # The first wish of a round counts; it must be there before anyone is woken.
-            self._store.compare_set(f"{self._round}/wish", "", wish)
-            for rank in range(self._world_size):
-                self._store.compare_set(f"{self._round}/wake/{rank}", "", "wake")
+            # Slurm signals all ranks at once: the first to wish does it for all. The wish must be there before anyone is woken.
+            if self._store.add(f"{self._round}/wishes", 1) == 1:
+                self._store.set(f"{self._round}/wish", wish)
+                for rank in range(self._world_size):
+                    self._store.compare_set(f"{self._round}/wake/{rank}", "", "wake")
 
     def tick(self) -> Wish | None:
         """Count one tick; return what all ranks must do together now, else None.

@@ -69,11 +69,13 @@ def _greeter(token: str, store_port: int) -> Iterator[None]:
     """Tell whoever connects to the first free candidate port whose job this is, and where its store is."""
     listener = _listen_on_first_free(candidate_ports(token))
 
+    closing = threading.Event()
+
     def greet() -> None:
-        with contextlib.suppress(OSError):  # closed by the context manager
-            while True:
+        while not closing.is_set():
+            with contextlib.suppress(OSError):  # one that went away again, or our own end
                 connection, _ = listener.accept()
-                with connection, contextlib.suppress(OSError):
+                with connection:
                     connection.settimeout(ANSWER_TIMEOUT_S)
                     connection.sendall(f"{token} {store_port}\n".encode())
 
@@ -82,6 +84,7 @@ def _greeter(token: str, store_port: int) -> Iterator[None]:
     try:
         yield
     finally:
+        closing.set()
         # close() alone does not wake a thread that is blocked in accept().
         with contextlib.suppress(OSError):
             listener.shutdown(socket.SHUT_RDWR)

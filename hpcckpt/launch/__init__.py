@@ -152,6 +152,11 @@ def rank_0_log(layout: RunLayout, job_id: str) -> Path:
     return layout.logs / f"{job_id}_0_log.out"
 
 
+def how_to_end(job: Submitted) -> str:
+    """Return the command that ends a job, saved and not requeued."""
+    return f"scancel {job.job_id}" if job.supervisor is None else local.how_to_end(job.supervisor)
+
+
 def newest_log(job: Submitted) -> tuple[str, Path]:
     """Return the id that a local run's newest job has by now, and rank 0's log of it."""
     job_id = [job.job_id, *local.job_ids(job.layout)][-1]
@@ -209,7 +214,7 @@ def _refuse_if_in_use(layout: RunLayout, ledger: Ledger) -> None:
     else:
         live = scheduler.has_slurm() and scheduler.is_live(job_id)
     if live:
-        how = f"scancel {job_id}" if supervisor is None else f"kill {job_id}"
+        how = f"scancel {job_id}" if supervisor is None else local.how_to_end(supervisor)
         raise RunDirectoryError(
             f"{layout.root}: job {job_id} still waits or runs in this run directory; wait, end it with `{how}`, or set another run_dir"
         )

@@ -9,6 +9,7 @@ from hpcckpt.config import RunConfig
 from hpcckpt.errors import SchedulerError
 from hpcckpt.layout import RunLayout
 from hpcckpt.policy import outcome
+from hpcckpt.signals import ignore_termination
 from hpcckpt.store.ledger import Ledger
 from hpcckpt.task import RankTask
 
@@ -41,6 +42,11 @@ def is_running(supervisor: str) -> bool:
     return _process(int(supervisor.partition("@")[0])) == supervisor
 
 
+def how_to_end(supervisor: str) -> str:
+    """Return the command that ends a local run: SIGTERM for the supervisor's group, which is all of the run's processes."""
+    return f"kill -- -{supervisor.partition('@')[0]}"
+
+
 def job_ids(layout: RunLayout) -> list[str]:
     """Return the job ids of the last submission, in order; more than one after many restarts."""
     ids: list[str] = []
@@ -66,6 +72,8 @@ def _supervise(config: RunConfig, layout: RunLayout, writer: int) -> NoReturn:
     code = 1
     try:
         os.setsid()
+        # `kill -- -GROUP` is for the ranks, which save and end; this process sees them through.
+        ignore_termination()
         with open(os.devnull, "r+b") as null:
             # Else whoever reads our caller's output through a pipe would wait for the end of the run.
             for descriptor in (0, 1, 2):

@@ -88,6 +88,16 @@ class Tracked:
                 small[f"{name}{_SUFFIX}"] = self._one(name, value)
         return copy.deepcopy(small)
 
+    def put_back(self, small: Mapping[str, Any]) -> None:
+        """Undo what has changed since `small` was taken by `small_state`, modules and optimizer state aside."""
+        for key, earlier in copy.deepcopy(dict(small)).items():
+            value = self._objects[key.removesuffix(_SUFFIX)]
+            if isinstance(value, torch.optim.Optimizer):
+                for group, saved in zip(value.param_groups, earlier[_GROUPS], strict=True):
+                    group.update({name: hyper for name, hyper in saved.items() if name != "params"})
+            else:
+                value.load_state_dict(earlier)
+
     def load(self, state: Mapping[str, Any], *, weights_only: bool = False) -> None:
         """Restore every object, or the modules alone.
 

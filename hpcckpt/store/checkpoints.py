@@ -10,6 +10,7 @@ no lock and still run.
 """
 
 import contextlib
+import errno
 import os
 import secrets
 import shutil
@@ -41,6 +42,8 @@ from hpcckpt.store.durable import (
 )
 
 LOCK_TIMEOUT_S = 60.0
+# What flock(2) says on a file system that has none.
+_NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK})
 
 
 class CheckpointStore:
@@ -85,7 +88,7 @@ class CheckpointStore:
         path = self._layout.checkpoints / name
         began = time.monotonic()
         try:
-            self._refuse_if_fenced()
+            self.refuse_if_fenced()
             size_bytes, digest = write_durably(path, write, publishing=self._owned())
             entry = {
                 "file": name,
@@ -308,7 +311,8 @@ class CheckpointStore:
             for name in (manifest_name(info.name), info.name):
                 (self._layout.checkpoints / name).unlink(missing_ok=True)
 
-    def _refuse_if_fenced(self) -> None:
+    def refuse_if_fenced(self) -> None:
+        """Raise FencedError if a newer attempt has taken over."""
         newest = read_json(self._layout.generation) or {}
         if self._generation and newest.get("generation") != self._generation:
             raise FencedError(
@@ -320,7 +324,7 @@ class CheckpointStore:
     def _owned(self) -> Iterator[None]:
         """Hold the lock, as the newest attempt."""
         with self._locked():
-            self._refuse_if_fenced()
+            self.refuse_if_fenced()
             yield
 
     @contextlib.contextmanager
@@ -334,6 +338,13 @@ class CheckpointStore:
             raise RunDirectoryError(
                 f"{self._layout.lock}: another process held this lock for {LOCK_TIMEOUT_S:g} s; the last attempt was job "
                 f"{holder.get('job_id')} on {holder.get('host')}: end it if it hangs, then submit again"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            raise RunDirectoryError(
+                f"{self._layout.lock}: cannot be locked ({error.strerror or error}); put run_dir on a file system that has flock (Lustre: "
+                "mounted with -o flock)"
             ) from None
         try:
             yield

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 SCRIPT = str(Path(__file__).parents[1] / "scripts" / "exact.py")
 pytestmark = pytest.mark.timeout(400)
@@ -14,28 +13,6 @@ pytestmark = pytest.mark.timeout(400)
 
 def steps_an_epoch(world_size: int) -> int:
     return -(-52 // (4 * world_size))
-
-
-def final_state(run_dir: Path) -> dict[str, object]:
-    pointer = json.loads((run_dir / "checkpoints" / "latest.json").read_text())
-    content: dict[str, object] = torch.load(run_dir / "checkpoints" / pointer["file"], weights_only=True)
-    return content
-
-
-def assert_equal(first: object, second: object, where: str) -> None:
-    assert type(first) is type(second), where
-    if isinstance(first, torch.Tensor):
-        assert torch.equal(first, second), where  # type: ignore[arg-type]
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys(), where  # type: ignore[attr-defined]
-        for key, value in first.items():
-            assert_equal(value, second[key], f"{where}.{key}")  # type: ignore[index]
-    elif isinstance(first, list | tuple):
-        assert len(first) == len(second), where  # type: ignore[arg-type]
-        for index, value in enumerate(first):
-            assert_equal(value, second[index], f"{where}[{index}]")  # type: ignore[index]
-    else:
-        assert first == second, where
 
 
 def metrics(run_dir: Path) -> list[dict[str, object]]:
@@ -54,7 +31,7 @@ def trained_ids(run_dir: Path, world_size: int) -> list[list[str]]:
         pytest.param(4, "3@2 1@4 0@4 2@6", 0, id="four ranks, one or two are signalled"),
     ],
 )
-def test_an_interrupted_run_ends_bit_identical_to_an_uninterrupted_one(ranks, tmp_path, world_size, stops, workers):
+def test_an_interrupted_run_ends_bit_identical_to_an_uninterrupted_one(ranks, same_state, tmp_path, world_size, stops, workers):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert ranks.run([SCRIPT, str(whole)], world_size).codes == [0] * world_size
 
@@ -62,23 +39,23 @@ def test_an_interrupted_run_ends_bit_identical_to_an_uninterrupted_one(ranks, tm
 
     # Each stop falls one step behind the signal at the latest, so those a step apart may share an attempt.
     assert len(attempts) > len(stops.split()) / 2 + 1
-    assert_equal(final_state(whole), final_state(broken), "checkpoint")
+    same_state(whole, broken)
     assert trained_ids(whole, world_size) == trained_ids(broken, world_size)
     assert metrics(whole) == metrics(broken)
     assert [line["step"] for line in metrics(whole) if line["kind"] == "log"] == list(range(1, 2 * steps_an_epoch(world_size) + 1))
 
 
-def test_a_stop_in_the_evaluation_resumes_as_if_the_schedulers_step_had_not_been_made(ranks, tmp_path):
+def test_a_stop_in_the_evaluation_resumes_as_if_the_schedulers_step_had_not_been_made(ranks, same_state, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     ranks.run_to_the_end([SCRIPT, str(whole)], 1)
     attempts = ranks.run_to_the_end([SCRIPT, str(broken)], 1, {"HPCCKPT_TEST_STOPS": "0@poll"})
     assert "goes on behind epoch 0, step 13 of" in attempts[1].outputs[0]
-    assert_equal(final_state(whole), final_state(broken), "checkpoint")
+    same_state(whole, broken)
     assert trained_ids(whole, 1) == trained_ids(broken, 1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM], ids=["USR1", "TERM"])
-def test_a_signal_to_every_process_of_the_job_workers_included_still_saves(ranks, tmp_path, number):
+def test_a_signal_to_every_process_of_the_job_workers_included_still_saves(ranks, same_state, tmp_path, number):
     """Slurm's way: slurmstepd signals ranks and their children alike."""
     workers = "args.workers=2"
     ranks.run_to_the_end([SCRIPT, str(tmp_path / "whole"), workers], 2)
@@ -94,7 +71,7 @@ def test_a_signal_to_every_process_of_the_job_workers_included_still_saves(ranks
     assert attempt.codes == ([144, 144] if number == signal.SIGUSR1 else [143, 0]), attempt.outputs
     assert psutil.wait_procs(everyone, timeout=10)[1] == [], "a worker outlived its rank"
     ranks.run_to_the_end([SCRIPT, str(run_dir), workers], 2)
-    assert_equal(final_state(tmp_path / "whole"), final_state(run_dir), "checkpoint")
+    same_state(tmp_path / "whole", run_dir)
     assert trained_ids(tmp_path / "whole", 2) == trained_ids(run_dir, 2)
 
 
@@ -107,12 +84,12 @@ def test_every_sample_is_trained_on_once_an_epoch_when_the_number_of_ranks_chang
     assert "no longer bit-exact" in attempt.outputs[0]
 
 
-def test_a_killed_run_loses_what_was_behind_its_last_checkpoint_and_nothing_else(ranks, tmp_path):
+def test_a_killed_run_loses_what_was_behind_its_last_checkpoint_and_nothing_else(ranks, same_state, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     ranks.run_to_the_end([SCRIPT, str(whole)], 2)
     attempt = ranks.run([SCRIPT, str(killed), "checkpoint.every_steps=3"], 2, {"HPCCKPT_TEST_KILLS": "1@8"})
     assert attempt.codes[1] == -9
     assert attempt.codes[0] not in (0, 144), "rank 0 must notice that rank 1 is gone"
     ranks.run_to_the_end([SCRIPT, str(killed), "checkpoint.every_steps=3"], 2)
-    assert_equal(final_state(whole), final_state(killed), "checkpoint")
+    same_state(whole, killed)
     assert metrics(whole) == metrics(killed)
