@@ -138,24 +138,18 @@ def decide_stop(cause: Cause, *, enabled: bool, requeues: int, max_requeues: int
 
 def count_requeues(events: Iterable[Mapping[str, Any]]) -> int:
     """Return how often the run was requeued since its last submission."""
-    count = 0
-    for event in events:
-        if event.get("event") == "submitted":
-            count = 0
-        elif event.get("event") == "requeue":
-            count += 1
-    return count
+    return sum(event.get("event") == "requeue" for event in _since_submission(events))
 
 
 def count_stalled(events: Iterable[Mapping[str, Any]]) -> int:
-    """Return how many attempts in a row, the newest included, saved nothing behind the step they began with.
+    """Return how many attempts in a row since the last submission, the newest included, saved nothing behind the step they began with.
 
     Args:
         events: the ledger, oldest first. An attempt that was stopped before it restored anything got no step further.
     """
     attempts: list[bool] = []
     start: int | None = None
-    for event in events:
+    for event in _since_submission(events):
         kind = event.get("event")
         if kind == "attempt":
             attempts.append(False)
@@ -165,6 +159,17 @@ def count_stalled(events: Iterable[Mapping[str, Any]]) -> int:
         elif kind == "saved" and attempts and start is not None and int(event.get("step", 0)) > start:
             attempts[-1] = True
     return next((stalled for stalled, progressed in enumerate(reversed(attempts)) if progressed), len(attempts))
+
+
+def _since_submission(events: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return what belongs to the last submission: a job can be faster than the command that has started it."""
+    stretch: list[Mapping[str, Any]] = []
+    for event in events:
+        if event.get("event") == "submitted":
+            own = [index for index, earlier in enumerate(stretch) if earlier.get("job_id") == event.get("job_id", "")]
+            stretch = stretch[own[0] :] if own else []
+        stretch.append(event)
+    return stretch
 
 
 def outcome(events: Iterable[Mapping[str, Any]]) -> tuple[Literal["finished", "requeue", "unfinished"], str]:

@@ -21,6 +21,8 @@ T = TypeVar("T")
 COMMAND_TIMEOUT_S = 60.0
 # What scontrol says when asking again is no use.
 _FORBIDDEN = ("disabled", "denied", "Invalid job id", "not supported")
+# States of a job that was requeued.
+_WAITING = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"})
 # First words of the lines of `scontrol show job` that tell state and times.
 _STATE_LINES = frozenset({"JobState", "RunTime", "StartTime", "PreemptEligibleTime", "PreemptTime"})
 
@@ -157,15 +159,16 @@ def requeue(job_id: str, patience_s: float = 0.0) -> None:
     def ask() -> None:
         try:
             done = run_command(["scontrol", "requeue", job_id])
-            problem = "" if done.returncode == 0 else done.stderr or f"ended with {done.returncode}"
         except SchedulerError as error:
-            problem = str(error)
-        if not problem:
-            return
+            problem, unknown = str(error), True
+        else:
+            if done.returncode == 0:
+                return
+            problem, unknown = done.stderr or f"ended with {done.returncode}", done.returncode < 0
         failure = SchedulerError(f"scontrol requeue {job_id}: {problem}")
         if any(word in problem for word in _FORBIDDEN):
             refusal.append(failure)
-        elif not _was_requeued(job_id):
+        elif not _was_requeued(job_id, unknown=unknown):
             raise failure
 
     patiently(ask, patience_s)
@@ -173,10 +176,10 @@ def requeue(job_id: str, patience_s: float = 0.0) -> None:
         raise refusal[0]
 
 
-def _was_requeued(job_id: str) -> bool:
-    fields = job_fields(job_id)
-    # RUNNING with nothing pending is the one state in which the request cannot have arrived.
-    return fields is not None and fields.get("JobState") != "RUNNING"
+def _was_requeued(job_id: str, *, unknown: bool) -> bool:
+    """Return whether a request arrived all the same; after an answer that never came, a job that is being ended is one."""
+    state = (job_fields(job_id) or {}).get("JobState")
+    return state in _WAITING or (unknown and state == "COMPLETING")
 
 
 def check_script(script: str) -> None:

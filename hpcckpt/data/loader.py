@@ -67,7 +67,7 @@ class Cursor(Sampler[list[int]]):
 
     def begin(self, epoch: int) -> None:
         """Go to the beginning of an epoch, or to the restored position if this is the first time since."""
-        start, self._resume_at = self._resume_at or 0, None
+        start, self._resume_at = (self._resume_at or 0 if self.position(epoch) else 0), None
         self._epoch = epoch
         self._handed_out = self._stepped = 0
         self._plan = self._behind(start)

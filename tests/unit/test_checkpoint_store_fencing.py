@@ -1,5 +1,6 @@
 """One run directory, several attempts: only the newest one changes anything."""
 
+import errno
 import fcntl
 import os
 import signal
@@ -7,7 +8,7 @@ import time
 
 import pytest
 
-from hpcckpt.errors import FencedError, RunDirectoryError
+from hpcckpt.errors import CheckpointSaveError, FencedError, RunDirectoryError
 from hpcckpt.layout import RunLayout
 from hpcckpt.policy import Retention
 from hpcckpt.store import checkpoints
@@ -64,6 +65,7 @@ OVERTAKEN = {
     "commit of the same epoch": lambda store: commit(store, 1, 0.1, content=b"other bytes"),
     "rewind": lambda store: store.rewind(name_of(0)),
     "rewind to nothing": lambda store: store.rewind(None),
+    "question whether it may": lambda store: store.refuse_if_fenced(),
 }
 
 
@@ -76,6 +78,17 @@ def test_an_overtaken_attempt_changes_nothing(layout, act):
     with pytest.raises(FencedError, match=r"attempt 1 is not the newest any more: attempt 2 \(job 8 on "):
         act(old)
     assert files(layout) == before
+
+
+def test_who_is_the_newest_or_has_claimed_nothing_is_not_refused(layout):
+    CheckpointStore(layout, BEST).refuse_if_fenced()
+    old = claimed(layout)
+    old.refuse_if_fenced()
+    new = claimed(layout, job_id="8")
+    new.refuse_if_fenced()
+    CheckpointStore(layout, BEST).refuse_if_fenced()
+    with pytest.raises(FencedError):
+        old.refuse_if_fenced()
 
 
 @pytest.mark.parametrize("moment", ["while it writes", "when its bytes are durable", "when its file is published"])
@@ -141,3 +154,35 @@ def test_a_lock_that_is_held_is_not_waited_for_for_ever_and_the_holder_is_named(
             act()
     assert time.monotonic() - began < 5
     assert newest(store) is None
+
+
+def break_flock(monkeypatch, number):
+    def flock(_descriptor, _operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK], ids=errno.errorcode.get)
+def test_a_file_system_without_flock_is_refused_with_advice(layout, monkeypatch, number):
+    store = claimed(layout)
+    commit(store, 0, 1.0)
+    before = files(layout)
+    break_flock(monkeypatch, number)
+    advice = r"cannot be locked \(.+\); put run_dir on a file system that has flock \(Lustre: mounted with -o flock\)$"
+    for act in (lambda: commit(store, 1, 1.0), lambda: store.rewind(None), lambda: store.claim("8")):
+        with pytest.raises(RunDirectoryError, match=advice) as caught:
+            act()
+        assert str(caught.value).startswith(f"{layout.lock}: ")
+    assert {name: files(layout)[name] for name in before} == before
+    assert newest(store) == name_of(0)
+
+
+def test_another_failure_of_the_lock_is_not_taken_for_a_file_system_without_flock(layout, monkeypatch):
+    store = claimed(layout)
+    break_flock(monkeypatch, errno.EIO)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        store.claim("8")
+    assert caught.value.errno == errno.EIO
+    with pytest.raises(CheckpointSaveError, match="Input/output error"):
+        commit(store, 0, 1.0)

@@ -1,4 +1,4 @@
-"""The resumable DataLoader: its order is its own, and its position is what the training has seen."""
+"""The resumable DataLoader: its order is its own, and its position is what steps were made with."""
 
 import itertools
 from collections import Counter
@@ -34,12 +34,13 @@ def loader_of(dataset=None, **changes):
 
 
 def trained(loader, epoch, batches=None):
-    """Train on an epoch as `run.batches` does, to its end or for some batches; return what was seen."""
+    """Train on an epoch as `run.batches` and `run.step` do, up to a stop behind some or all batches; return what was seen."""
     cursor = loader.batch_sampler
     cursor.begin(epoch)
     seen = []
     for batch in itertools.islice(loader, batches):
         cursor.advance()
+        cursor.step()
         seen.append([item.tolist() for item in batch] if isinstance(batch, list) else batch.tolist())
     return seen
 
@@ -92,23 +93,27 @@ def test_the_order_is_the_same_for_ever():
     assert trained(loader_of(Numbers(8)), 0) == [[6, 5, 3, 0], [4, 2, 7, 1]]
 
 
-def resumed(position, **changes):
+def resumed(position, epoch=3, **changes):
     loader = loader_of(**changes)
-    loader.batch_sampler.restore(position)
+    loader.batch_sampler.restore(epoch, position)
     return loader
 
 
+def at(consumed):
+    return {"consumed": consumed, "num_samples": 41}
+
+
 @pytest.mark.parametrize("shuffle", [True, False], ids=["shuffled", "in order"])
-@pytest.mark.parametrize("done", range(12))
+@pytest.mark.parametrize("done", range(1, 12))
 def test_from_every_position_exactly_the_rest_follows(done, shuffle):
     whole = trained(loader_of(shuffle=shuffle), 3)
     loader = loader_of(shuffle=shuffle)
     assert trained(loader, 3, batches=done) == whole[:done]
-    position = loader.batch_sampler.position()
-    assert position == {"consumed": min(done * 4, 41), "num_samples": 41}
+    position = loader.batch_sampler.position(3)
+    assert position == at(min(done * 4, 41))
     again = resumed(position, shuffle=shuffle)
     again.batch_sampler.begin(3)
-    assert again.batch_sampler.position() == position
+    assert again.batch_sampler.position(3) == position
     assert trained(resumed(position, shuffle=shuffle), 3) == whole[done:]
 
 
@@ -123,9 +128,9 @@ def test_interrupted_anywhere_and_on_any_world_size_every_sample_comes_once(size
             world_size = 1
         shares, positions = [], set()
         for rank in range(world_size):
-            loader = resumed(position, dataset=dataset, shuffle=shuffle, batch_size=batch_size, rank=rank, world_size=world_size)
+            loader = resumed(position, 2, dataset=dataset, shuffle=shuffle, batch_size=batch_size, rank=rank, world_size=world_size)
             shares.append(trained(loader, 2, stop))
-            positions.add(tuple(loader.batch_sampler.position().items()))
+            positions.add(tuple(loader.batch_sampler.position(2).items()))
         assert len(positions) == 1
         drawn = Counter(itertools.chain.from_iterable(itertools.chain.from_iterable(shares)))
         # Fewer samples than ranks were left: some ranks saw the same ones.
@@ -135,22 +140,177 @@ def test_interrupted_anywhere_and_on_any_world_size_every_sample_comes_once(size
 
 
 def test_a_restored_position_holds_for_one_epoch():
-    loader = resumed({"consumed": 40, "num_samples": 41})
+    loader = resumed(at(40))
     assert [len(trained(loader, epoch)) for epoch in (3, 4)] == [1, 11]
 
 
 def test_the_position_begins_anew_with_each_epoch():
-    loader = resumed({"consumed": 8, "num_samples": 41})
+    loader = resumed(at(8))
     positions = []
     for epoch, batches in ((3, 2), (4, 0), (5, 1), (6, None)):
         trained(loader, epoch, batches)
-        positions.append(loader.batch_sampler.position()["consumed"])
-    assert positions == [16, 0, 4, 41]
+        positions.append(loader.batch_sampler.position(epoch))
+    assert positions == [at(16), None, at(4), at(41)]
+
+
+def test_the_position_of_another_epoch_is_none():
+    loader = loader_of()
+    cursor = loader.batch_sampler
+    trained(loader, 3, batches=2)
+    assert [cursor.position(epoch) for epoch in (2, 3, 4)] == [None, at(8), None]
+    cursor.end()
+    assert [cursor.position(epoch) for epoch in (2, 3, 4)] == [None, at(41), None]
+    cursor.begin(4)
+    assert cursor.position(4) is None
+    restored = resumed(at(8)).batch_sampler
+    assert [restored.position(epoch) for epoch in (2, 3, 4)] == [None, at(8), None]
+
+
+def test_a_loader_that_was_restored_but_not_begun_keeps_its_position():
+    loader = resumed(at(8))
+    cursor = loader.batch_sampler
+    other = loader_of(number=1)
+    trained(other, 3, batches=1)
+    assert (cursor.position(3), cursor.in_progress, cursor.trains) == (at(8), False, True)
+    assert trained(resumed(cursor.position(3)), 3) == trained(loader_of(), 3)[2:]
+
+
+def test_a_loader_that_was_restored_and_begun_without_a_step_keeps_its_position():
+    loader = resumed(at(8))
+    cursor = loader.batch_sampler
+    cursor.begin(3)
+    next(iter(loader))
+    cursor.advance()
+    assert cursor.position(3) == at(8)
+    cursor.end()
+    assert cursor.position(3) == at(8)
+
+
+def test_a_batch_in_progress_is_not_counted():
+    loader = loader_of()
+    cursor = loader.batch_sampler
+    cursor.begin(3)
+    batches = iter(loader)
+    seen = []
+    for expected in (None, at(4), at(8)):
+        next(batches)
+        cursor.advance()
+        seen.append(cursor.in_progress)
+        assert cursor.position(3) == expected
+        cursor.step()
+        seen.append(cursor.in_progress)
+    assert seen == [True, False] * 3
+    assert cursor.position(3) == at(12)
+
+
+def test_a_step_counts_all_batches_since_the_one_before():
+    loader = loader_of()
+    cursor = loader.batch_sampler
+    cursor.begin(3)
+    for number, _ in enumerate(loader, 1):
+        cursor.advance()
+        if number % 3 == 0:  # gradient accumulation
+            cursor.step()
+        assert cursor.position(3) == (at(number // 3 * 12) if number >= 3 else None)
+        assert cursor.in_progress is (number % 3 != 0)
+
+
+def evaluated(loader, epoch, batches=None, ended=True):
+    """Loop over an epoch without a step; return what was seen."""
+    cursor = loader.batch_sampler
+    cursor.begin(epoch)
+    seen = []
+    for batch in itertools.islice(loader, batches):
+        cursor.advance()
+        seen.append(batch.tolist())
+    if ended:
+        cursor.end()
+    return seen
+
+
+@pytest.mark.parametrize("ended", [True, False], ids=["ended", "stopped within"])
+@pytest.mark.parametrize("batches", [0, 1, 5, None])
+def test_a_loop_without_steps_has_no_position_and_always_begins_anew(batches, ended):
+    whole = trained(loader_of(number=1), 3)
+    loader = loader_of(number=1)
+    cursor = loader.batch_sampler
+    for _ in range(3):
+        assert evaluated(loader, 3, batches, ended) == whole[:batches]
+        assert (cursor.position(3), cursor.trains) == (None, False)
+        assert cursor.in_progress is (not ended and batches != 0)
+    assert evaluated(loader, 3) == whole
+
+
+def test_a_loop_without_steps_within_a_training_loop_disturbs_neither():
+    whole = trained(loader_of(), 3)
+    training, evaluation = loader_of(), loader_of(number=1)
+    ours, other = training.batch_sampler, evaluation.batch_sampler
+    ours.begin(3)
+    seen = []
+    for done, batch in enumerate(training, 1):
+        ours.advance()
+        ours.step()
+        seen.append(batch.tolist())
+        evaluated(evaluation, 3, batches=done % 4)
+        assert (ours.position(3), other.position(3)) == (at(min(done * 4, 41)), None)
+        assert not ours.in_progress
+    assert seen == whole
+    assert (ours.trains, other.trains) == (True, False)
+
+
+def test_a_loop_without_steps_over_the_training_loader_itself_leaves_its_position():
+    loader = loader_of()
+    cursor = loader.batch_sampler
+    whole = trained(loader, 3)
+    cursor.end()
+    assert evaluated(loader, 3, batches=2) == whole[:2]
+    assert cursor.position(3) == at(41)
+    again = resumed(at(41))
+    assert trained(again, 3) == []
+    again.batch_sampler.end()
+    assert again.batch_sampler.position(3) == at(41)
+    assert evaluated(again, 3) == whole
+
+
+@pytest.mark.parametrize("drop_last", [False, True], ids=["all", "drop_last"])
+@pytest.mark.parametrize("batches", [1, 4, None], ids=["break at once", "break", "to the end"])
+def test_of_a_loop_with_steps_that_is_over_nothing_is_left(batches, drop_last):
+    loader = loader_of(drop_last=drop_last)
+    trained(loader, 3, batches)
+    loader.batch_sampler.end()
+    assert loader.batch_sampler.position(3) == at(41)
+    assert not loader.batch_sampler.in_progress
+    again = resumed(at(41), drop_last=drop_last)
+    assert trained(again, 3) == []
+    assert len(trained(again, 4)) == (10 if drop_last else 11)
+
+
+def test_of_a_loop_that_was_left_within_a_batch_behind_a_step_nothing_is_left():
+    loader = loader_of()
+    cursor = loader.batch_sampler
+    trained(loader, 3, batches=2)
+    cursor.advance()
+    assert cursor.in_progress
+    cursor.end()
+    assert (cursor.position(3), cursor.in_progress) == (at(41), False)
+
+
+def test_a_loader_is_known_to_train_from_its_first_step_on():
+    loader = loader_of()
+    cursor = loader.batch_sampler
+    assert not cursor.trains
+    evaluated(loader, 0)
+    assert not cursor.trains
+    trained(loader, 1, batches=1)
+    assert cursor.trains
+    cursor.end()
+    evaluated(loader, 2)
+    assert cursor.trains
 
 
 @pytest.mark.parametrize("consumed", [0, 4, 20, 41])
 def test_the_length_is_that_of_a_whole_epoch_wherever_it_goes_on(consumed):
-    loader = resumed({"consumed": consumed, "num_samples": 41})
+    loader = resumed(at(consumed))
     assert len(loader) == 11
     loader.batch_sampler.begin(3)
     assert len(loader) == 11
@@ -165,9 +325,11 @@ def test_what_workers_fetch_ahead_does_not_move_the_position(workers):
     cursor = loader.batch_sampler
     cursor.begin(3)
     for done, batch in enumerate(loader, 1):
+        assert cursor.position(3) == (at((done - 1) * 4) if done > 1 else None)
         cursor.advance()
+        cursor.step()
         assert batch.tolist() == whole[done - 1]
-        assert cursor.position()["consumed"] == min(done * 4, 41)
+        assert cursor.position(3) == at(min(done * 4, 41))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -233,5 +395,13 @@ def test_what_could_not_be_resumed_is_refused(changes, message):
 def test_a_dataset_of_another_size_does_not_fit_the_position():
     loader = loader_of(number=2)
     with pytest.raises(CheckpointMismatchError, match="the dataset of loader 2 has 41 samples, but had 40 when"):
-        loader.batch_sampler.restore({"consumed": 4, "num_samples": 40})
+        loader.batch_sampler.restore(0, {"consumed": 4, "num_samples": 40})
+    assert (loader.batch_sampler.position(0), loader.batch_sampler.trains) == (None, False)
     assert len(trained(loader, 0)) == 11
+
+
+def test_a_restored_position_is_of_its_epoch_only_also_where_that_epoch_does_not_use_the_loader():
+    cursor = loader_of(TensorDataset(torch.arange(8)), batch_size=2, shuffle=False).batch_sampler
+    cursor.restore(3, {"consumed": 6, "num_samples": 8})
+    cursor.begin(4)
+    assert [index for batch in cursor for index in batch] == list(range(8))

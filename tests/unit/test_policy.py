@@ -20,6 +20,7 @@ from hpcckpt.policy import (
     decide_stop,
     is_epoch_due,
     is_step_due,
+    outcome,
     stop_cause,
 )
 
@@ -177,14 +178,30 @@ PREEMPTED = RUNNING | {"PreemptTime": "2026-01-01T00:00:00"}
         pytest.param(["TERM"], {"JobState": "CANCELLED by 0"}, 20, "cancelled", id="cancelled by root"),
         pytest.param(["TERM"], PREEMPTED, 3000, "preemption", id="preempted"),
         pytest.param(["USR1"], PREEMPTED, 20, "preemption", id="preempted near the limit"),
-        pytest.param(["TERM"], RUNNING | {"PreemptTime": "N/A"}, 3000, "terminated", id="PreemptTime as some versions print none"),
+        pytest.param(["TERM"], PREEMPTED, None, "preemption", id="preempted, no limit"),
+        pytest.param(["TERM"], PREEMPTED | {"JobState": "COMPLETING"}, 3000, "cancelled", id="cancelled in its preemption's grace time"),
+        pytest.param(["TERM"], PREEMPTED | {"JobState": "COMPLETING"}, 30, "cancelled", id="the same near the limit"),
+        pytest.param(["TERM"], PREEMPTED | {"JobState": "COMPLETING"}, None, "cancelled", id="the same without a limit"),
+        pytest.param(["USR1", "TERM"], PREEMPTED | {"JobState": "CANCELLED"}, 3000, "cancelled", id="the same, already CANCELLED"),
+        pytest.param(["TERM"], PREEMPTED | {"JobState": "CANCELLED"}, -1, "cancelled", id="the same, CANCELLED and over the limit"),
+        pytest.param(["TERM"], PREEMPTED | {"JobState": "COMPLETING"}, -1, "preemption", id="preempted and over the limit"),
+        *[
+            pytest.param(["TERM"], RUNNING | {"PreemptTime": none}, 3000, "terminated", id=f"PreemptTime is {none!r} where there is none")
+            for none in ("None", "Unknown", "N/A", "")
+        ],
+        pytest.param(["TERM"], {"JobState": "RUNNING"}, 3000, "terminated", id="no PreemptTime at all"),
+        pytest.param(["TERM"], {}, None, "terminated", id="a job that tells nothing"),
+        pytest.param(["USR2"], RUNNING, 119, "time_limit", id="another warning, on time"),
+        pytest.param(["USR2", "TERM"], RUNNING, 3000, "by_hand", id="another signal and SIGTERM, long before the limit"),
+        pytest.param([], None, None, "terminated", id="no signal known"),
         pytest.param(["USR1"], None, None, "by_hand", id="no Slurm, warned"),
         pytest.param(["TERM"], None, None, "terminated", id="no Slurm, terminated"),
-        pytest.param(["USR2"], None, None, "terminated", id="no Slurm, another signal than the one that is asked for"),
+        pytest.param(["USR2"], None, None, "by_hand", id="no Slurm, another signal than the one that is asked for"),
+        pytest.param(["TERM", "USR2"], None, None, "by_hand", id="no Slurm, SIGTERM and another signal"),
     ],
 )
 def test_why_a_run_stops(signals: list[str], job: dict[str, str] | None, remaining_s: float | None, cause: str) -> None:
-    assert stop_cause(signals, "USR1", job, remaining_s, LEAD_S) == cause
+    assert stop_cause(signals, job, remaining_s, LEAD_S) == cause
 
 
 @pytest.mark.parametrize(
@@ -224,8 +241,10 @@ def test_exit_code_0_is_for_runs_that_go_on_and_only_those(cause: str, enabled: 
 SUBMITTED, REQUEUE = {"event": "submitted"}, {"event": "requeue"}
 
 
-def begun(*steps: int) -> list[dict[str, object]]:
-    return [{"event": "restored", "step": step} for step in steps]
+def attempt(*steps: int) -> list[dict[str, object]]:
+    """Return the ledger of an attempt: the step it restored, and those it saved; without any, it never restored."""
+    restored = [{"event": "restored", "step": step} for step in steps[:1]]
+    return [{"event": "attempt"}, *restored, *[{"event": "saved", "step": step} for step in steps[1:]]]
 
 
 @pytest.mark.parametrize(
@@ -242,17 +261,81 @@ def test_requeues_are_counted_since_the_last_submission(events: list[dict[str, o
 
 
 @pytest.mark.parametrize(
-    ("events", "step", "count"),
+    ("events", "count"),
     [
-        pytest.param([], 0, 0, id="nothing yet"),
-        pytest.param([SUBMITTED, *begun(0)], 40, 0, id="the first attempt got further"),
-        pytest.param([SUBMITTED, *begun(0)], 0, 1, id="the first attempt got no further"),
-        pytest.param([SUBMITTED, *begun(0, 40, 40, 40)], 40, 3, id="three in a row"),
-        pytest.param([SUBMITTED, *begun(40, 40, 50)], 60, 0, id="progress now"),
-        pytest.param([SUBMITTED, *begun(40, 50, 40)], 40, 1, id="an attempt between that got further"),
-        pytest.param([SUBMITTED, *begun(40, 40), SUBMITTED, *begun(40)], 40, 1, id="since the last submission"),
-        pytest.param([SUBMITTED, {"event": "restored"}], 0, 1, id="an event without a step began at 0"),
+        pytest.param([], 0, id="nothing yet"),
+        pytest.param([SUBMITTED], 0, id="only submitted"),
+        pytest.param([SUBMITTED, *attempt(0, 40)], 0, id="the first attempt got further"),
+        pytest.param([SUBMITTED, *attempt(0, 0)], 1, id="the first attempt got no further"),
+        pytest.param([SUBMITTED, *attempt(0)], 1, id="the first attempt saved nothing"),
+        pytest.param([SUBMITTED, *attempt()], 1, id="the first attempt never restored"),
+        pytest.param([*attempt(0, 40), *attempt(40, 40), *attempt(40), *attempt(40, 40)], 3, id="three in a row"),
+        pytest.param([*attempt(0, 40), *attempt(), REQUEUE, *attempt(), REQUEUE, *attempt()], 3, id="three that never restored"),
+        pytest.param([*attempt(0, 40), *attempt(40), *attempt(), *attempt(40, 40)], 3, id="one between that never restored"),
+        pytest.param([*attempt(40), *attempt(), *attempt(40, 60)], 0, id="progress now"),
+        pytest.param([*attempt(40), *attempt(40, 50), *attempt(50)], 1, id="an attempt between that got further"),
+        pytest.param([*attempt(40, 50), *attempt(20, 30), *attempt(50, 50)], 1, id="further than its own beginning, not the furthest"),
+        pytest.param([*attempt(40, 40, 41)], 0, id="first the step it began with, then one behind it"),
+        pytest.param([*attempt(0, 10, 20), *attempt(20, 10)], 1, id="a step before its own beginning"),
+        pytest.param([*attempt(0, 10), *attempt(), {"event": "saved", "step": 99}], 1, id="a save without a restore counts nothing"),
+        pytest.param([{"event": "attempt"}, {"event": "restored"}, {"event": "saved", "step": 1}], 0, id="without a step it began at 0"),
+        pytest.param([{"event": "attempt"}, {"event": "restored"}, {"event": "saved"}], 1, id="without steps nothing is further"),
+        pytest.param([{"event": "restored", "step": 0}, {"event": "saved", "step": 1}], 0, id="events before any attempt"),
+        pytest.param([*attempt(0), {"unknown": 1}, {}, {"event": "stop", "step": 9}], 1, id="other events count nothing"),
     ],
 )
-def test_stalled_attempts_are_counted_in_a_row(events: list[dict[str, object]], step: int, count: int) -> None:
-    assert count_stalled(events, step) == count
+def test_stalled_attempts_are_counted_in_a_row(events: list[dict[str, object]], count: int) -> None:
+    assert count_stalled(events) == count
+
+
+@given(st.lists(st.booleans(), max_size=8))
+def test_stalled_attempts_are_those_behind_the_last_that_got_further(further: list[bool]) -> None:
+    events = [event for progress in further for event in attempt(*((5, 6) if progress else (5, 5)))]
+    assert count_stalled(events) == len(further) - max((number for number, progress in enumerate(further, 1) if progress), default=0)
+
+
+ATTEMPT, FINISHED, LEFT = {"event": "attempt"}, {"event": "finished"}, {"event": "left"}
+ENDED = {"event": "ended", "reason": "the job was cancelled"}
+FAILED, FOLLOWED = {"event": "failed", "rank": 1, "error": "ValueError: x"}, {"event": "failed", "rank": 0, "error": "lost rank 1"}
+SILENT = "its processes ended without a word (killed, or out of memory?)"
+UNFOLLOWED = "it was requeued, but no attempt followed"
+
+
+@pytest.mark.parametrize(
+    ("events", "ending", "why"),
+    [
+        pytest.param([], "unfinished", SILENT, id="nothing"),
+        pytest.param([SUBMITTED, ATTEMPT], "unfinished", SILENT, id="begun and silent"),
+        pytest.param([SUBMITTED, *attempt(0, 40)], "unfinished", SILENT, id="saved and silent"),
+        pytest.param([SUBMITTED, ATTEMPT, FINISHED], "finished", "", id="finished"),
+        pytest.param([ATTEMPT, FINISHED, SUBMITTED], "finished", "", id="finished before the submission was noted"),
+        pytest.param([ATTEMPT, LEFT], "unfinished", "the training function returned before its last epoch", id="left early"),
+        pytest.param([ATTEMPT, ENDED], "unfinished", "the job was cancelled", id="ended"),
+        pytest.param([ATTEMPT, FAILED], "unfinished", "rank 1 failed: ValueError: x", id="failed"),
+        pytest.param([ATTEMPT, FAILED, FOLLOWED], "unfinished", "rank 1 failed: ValueError: x", id="the first that failed is named"),
+        pytest.param([ATTEMPT, FINISHED, FAILED], "unfinished", "rank 1 failed: ValueError: x", id="rank 0 finished, another failed"),
+        pytest.param([ATTEMPT, FAILED, FINISHED], "unfinished", "rank 1 failed: ValueError: x", id="a rank failed, then rank 0 finished"),
+        pytest.param([ATTEMPT, FAILED, ENDED], "unfinished", "rank 1 failed: ValueError: x", id="failed wins over ended"),
+        pytest.param([ATTEMPT, REQUEUE], "requeue", UNFOLLOWED, id="requeued"),
+        pytest.param([ATTEMPT, REQUEUE, ENDED], "unfinished", "the job was cancelled", id="asked for it, but Slurm refused"),
+        pytest.param([ATTEMPT, REQUEUE, ATTEMPT], "unfinished", SILENT, id="requeued, and silent in the next attempt"),
+        pytest.param([ATTEMPT, REQUEUE, ATTEMPT, FINISHED], "finished", "", id="requeued, then finished"),
+        pytest.param([ATTEMPT, FAILED, ATTEMPT, FINISHED], "finished", "", id="failed in an attempt before"),
+        pytest.param([ATTEMPT, FINISHED, ATTEMPT, ENDED], "unfinished", "the job was cancelled", id="finished in an attempt before"),
+        pytest.param([ATTEMPT, REQUEUE, SUBMITTED, {}, {"unknown": 1}], "requeue", UNFOLLOWED, id="other events tell nothing"),
+    ],
+)
+def test_how_the_last_attempt_ended(events: list[dict[str, object]], ending: str, why: str) -> None:
+    assert outcome(events) == (ending, why)
+
+
+def test_a_new_submission_has_a_new_budget_even_where_its_job_was_faster_than_its_own_line():
+    stalled = [{"event": "attempt", "job_id": "7"}, {"event": "restored", "step": 5}, {"event": "requeue", "job_id": "7"}]
+    newest = [{"event": "attempt", "job_id": "8"}, {"event": "restored", "step": 5}]
+    for ledger in (
+        [{"event": "submitted", "job_id": "7"}, *stalled * 3, {"event": "submitted", "job_id": "8"}, *newest],
+        [*stalled[:1], {"event": "submitted", "job_id": "7"}, *stalled[1:], *stalled * 2, *newest, {"event": "submitted", "job_id": "8"}],
+    ):
+        assert count_stalled(ledger) == 1
+        assert count_requeues(ledger) == 0
+        assert count_stalled(ledger[: -len(newest) - 1]) == 3

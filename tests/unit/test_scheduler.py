@@ -1,9 +1,11 @@
 """Slurm's commands, as real processes: scripts on a PATH of their own that answer as Slurm does."""
 
+import os
 import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -53,9 +55,122 @@ def test_a_refusal_is_passed_on_in_slurms_words(fake: Fake) -> None:
 
 
 def test_a_refusal_without_words_tells_the_exit_code(fake: Fake) -> None:
-    fake("scontrol", answers("exit 4", "PENDING"))
-    with pytest.raises(SchedulerError, match="ended with 4"):
+    fake("scontrol", answers("exit 4", "RUNNING"))
+    with pytest.raises(SchedulerError, match="scontrol requeue 7: ended with 4"):
         scheduler.requeue("7")
+
+
+@pytest.fixture
+def naps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Let the time of waiting pass at once; what was slept is noted."""
+    slept: list[float] = []
+    monkeypatch.setattr(scheduler, "time", SimpleNamespace(sleep=slept.append, monotonic=lambda: sum(slept)))
+    return slept
+
+
+BUSY = "echo 'Socket timed out on send/recv operation' >&2; exit 1"
+
+
+@pytest.mark.parametrize("failure", [BUSY, "kill -TERM $$", "exit 1"], ids=["busy", "killed", "no words"])
+def test_a_requeue_that_did_not_arrive_is_asked_for_once_more_and_no_more(fake: Fake, tmp_path: Path, failure: str) -> None:
+    fake("scontrol", answers(f"[ -e tried ] && exit 0; echo > tried; {failure}", "RUNNING"))
+    scheduler.requeue("7", patience_s=60)
+    assert (tmp_path / "calls").read_text() == "requeue 7\nshow job 7\nrequeue 7\n"
+
+
+def test_a_controller_that_does_not_tell_the_jobs_state_either_is_asked_again(fake: Fake, tmp_path: Path) -> None:
+    fake("scontrol", f'echo "$*" >> calls\n[ -e tried ] && exit 0\n[ $1 = show ] && echo > tried\n{BUSY}')
+    scheduler.requeue("7", patience_s=60)
+    assert (tmp_path / "calls").read_text() == "requeue 7\nshow job 7\nrequeue 7\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "Requested operation is presently disabled for job 7",
+        "slurm_requeue error: Access/permission denied",
+        "slurm_requeue error: Invalid job id specified",
+        "slurm_requeue error: Requested operation not supported on this system",
+    ],
+)
+@pytest.mark.parametrize("state", ["RUNNING", "PENDING"])
+def test_a_requeue_that_slurm_forbids_is_asked_for_once_only(fake: Fake, tmp_path: Path, words: str, state: str) -> None:
+    fake("scontrol", answers(f"echo '{words}' >&2; exit 1", state))
+    began = time.monotonic()
+    with pytest.raises(SchedulerError, match=f"^scontrol requeue 7: {words}$"):
+        scheduler.requeue("7", patience_s=60)
+    assert (tmp_path / "calls").read_text() == "requeue 7\n"
+    assert time.monotonic() - began < 10
+
+
+def test_a_controller_that_stays_busy_is_given_up_when_patience_is_over(fake: Fake, tmp_path: Path, naps: list[float]) -> None:
+    fake("scontrol", answers(BUSY, "RUNNING"))
+    with pytest.raises(SchedulerError, match=r"^scontrol requeue 7: Socket timed out on send/recv operation$"):
+        scheduler.requeue("7", patience_s=10)
+    assert naps == [0.5, 1.0, 2.0, 4.0]
+    assert (tmp_path / "calls").read_text() == "requeue 7\nshow job 7\n" * 5
+
+
+def test_a_busy_controller_is_asked_once_without_patience(fake: Fake, tmp_path: Path) -> None:
+    fake("scontrol", answers(BUSY, "RUNNING"))
+    with pytest.raises(SchedulerError, match="Socket timed out"):
+        scheduler.requeue("7")
+    assert (tmp_path / "calls").read_text() == "requeue 7\nshow job 7\n"
+
+
+def test_a_requeue_whose_answer_was_lost_is_done_if_the_job_is_pending(fake: Fake, tmp_path: Path) -> None:
+    fake("scontrol", answers(BUSY, "PENDING"))
+    scheduler.requeue("7", patience_s=60)
+    assert (tmp_path / "calls").read_text() == "requeue 7\nshow job 7\n"
+
+
+def test_a_requeue_that_got_no_answer_in_time_is_done_if_the_job_is_pending(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = scheduler.run_command
+    monkeypatch.setattr(scheduler, "run_command", lambda argv: run(argv, timeout_s=1 if "requeue" in argv else 60))
+    fake("scontrol", answers("exec /bin/sleep 100", "PENDING"))
+    scheduler.requeue("7", patience_s=60)
+    assert (tmp_path / "calls").read_text() == "requeue 7\nshow job 7\n"
+
+
+def refusing(times: int, problem: Exception) -> Callable[[], int]:
+    """Return an action that raises some times and then returns how often it was called."""
+    calls: list[None] = []
+
+    def act() -> int:
+        calls.append(None)
+        if len(calls) <= times:
+            raise problem
+        return len(calls)
+
+    return act
+
+
+def test_patience_waits_longer_each_time_but_never_beyond_its_end(fake: Fake, naps: list[float]) -> None:
+    fake("scontrol", "exit 0")
+    assert scheduler.patiently(refusing(7, SchedulerError("busy")), 100.0) == 8
+    assert naps == [0.5, 1.0, 2.0, 4.0, 8.0, 10.0, 10.0]
+    del naps[:]
+    with pytest.raises(SchedulerError, match="busy"):
+        scheduler.patiently(refusing(99, SchedulerError("busy")), 10.0)
+    assert naps == [0.5, 1.0, 2.0, 4.0]
+
+
+def test_patience_is_for_slurm_only_where_there_is_one(fake: Fake, naps: list[float]) -> None:
+    with pytest.raises(SchedulerError, match="busy"):
+        scheduler.patiently(refusing(1, SchedulerError("busy")), 100.0)
+    fake("scontrol", "exit 0")
+    with pytest.raises(KeyError):
+        scheduler.patiently(refusing(1, KeyError()), 100.0)
+    assert naps == []
+
+
+def test_times_are_asked_for_in_slurms_own_format(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake("tool", 'echo "$SLURM_TIME_FORMAT"')
+    monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
+    assert scheduler.run_command(["tool"]).stdout == "standard\n"
+    assert scheduler.run_command(["tool"], environ={**os.environ, "SLURM_TIME_FORMAT": "%a"}).stdout == "standard\n"
 
 
 @pytest.mark.parametrize("state", ["PENDING", "REQUEUED", "COMPLETING"])
@@ -206,7 +321,8 @@ def test_a_script_is_tested_through_standard_input_in_a_clean_environment(
     assert (tmp_path / "arguments").read_text() == "--test-only\n"
     assert (tmp_path / "script").read_text() == script
     seen = dict(line.split("=", 1) for line in (tmp_path / "environ").read_text().splitlines() if "=" in line)
-    assert {name for name in seen if name.startswith(("SLURM", "SBATCH"))} == {"SBATCH_PARTITION", "SLURM_CONF"}
+    assert {name for name in seen if name.startswith(("SLURM", "SBATCH"))} == {"SBATCH_PARTITION", "SLURM_CONF", "SLURM_TIME_FORMAT"}
+    assert seen["SLURM_TIME_FORMAT"] == "standard"
 
 
 def test_a_script_that_sbatch_refuses_is_refused_in_one_line_of_its_words(fake: Fake) -> None:
@@ -214,3 +330,10 @@ def test_a_script_that_sbatch_refuses_is_refused_in_one_line_of_its_words(fake: 
     with pytest.raises(SubmissionError) as caught:
         scheduler.check_script("#!/bin/bash\n")
     assert str(caught.value) == "sbatch refused the job: sbatch: error: invalid partition specified: x allocation failure: Invalid"
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", "TIMEOUT"])
+def test_an_unknown_refusal_for_a_job_that_is_being_ended_is_no_requeue(fake: Fake, state: str) -> None:
+    fake("scontrol", answers("echo 'Job/step already completing or completed' >&2; exit 1", state))
+    with pytest.raises(SchedulerError, match="already completing"):
+        scheduler.requeue("7")

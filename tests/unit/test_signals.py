@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from hpcckpt.errors import UsageError
-from hpcckpt.signals import SignalLatch, children_protected, interrupt_raises
+from hpcckpt.signals import SignalLatch, children_protected, ignore_termination, interrupt_raises
 
 USED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 
@@ -111,9 +113,9 @@ def test_a_name_that_is_no_signal_is_refused_before_anything_is_taken_over() -> 
         SignalLatch(("USR1", "NONE"))
 
 
-def start_child() -> "subprocess.Popen[str]":
-    """Start a Python that answers each line, with default handlers."""
-    program = "import sys\nfor line in sys.stdin:\n    print(line, end='', flush=True)"
+def start_child(first: str = "") -> "subprocess.Popen[str]":
+    """Start a Python that answers each line, with default handlers, after it has run `first`."""
+    program = f"{first}\nimport sys\nfor line in sys.stdin:\n    print(line, end='', flush=True)"
     return subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
@@ -152,6 +154,77 @@ def test_a_child_can_still_be_terminated_where_only_the_warning_is_kept_off() ->
         assert answers(child)
         child.terminate()
         assert child.wait() == -signal.SIGTERM
+
+
+OBEY = "from hpcckpt.signals import obey_parent_only; obey_parent_only()"
+
+
+def terminate_from_a_sibling(child: "subprocess.Popen[str]") -> None:
+    """Send SIGTERM from another process, and wait until it has been taken."""
+    subprocess.run(["/bin/sh", "-c", f"kill -TERM {child.pid}"], check=True)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        status = Path(f"/proc/{child.pid}/status").read_text()
+        if all(int(line.split()[1], 16) == 0 for line in status.splitlines() if line.startswith(("SigPnd:", "ShdPnd:"))):
+            return
+        time.sleep(0.01)
+    pytest.fail("the signal stayed pending")
+
+
+def test_a_child_that_obeys_its_parent_only_ends_on_its_sigterm_and_on_no_other() -> None:
+    with children_protected(), start_child(OBEY) as child:
+        assert answers(child)
+        for _ in range(3):
+            terminate_from_a_sibling(child)
+            assert answers(child)
+        child.send_signal(signal.SIGUSR1)
+        assert answers(child)
+        child.terminate()
+        assert child.wait(30) == 128 + signal.SIGTERM
+
+
+def test_a_child_that_obeys_its_parent_only_ends_by_itself_as_ever() -> None:
+    with children_protected(), start_child(OBEY) as child:
+        assert answers(child)
+        child.stdin.close()
+        assert child.wait(30) == 0
+
+
+def test_a_child_that_obeys_its_parent_only_ends_also_while_it_is_busy() -> None:
+    with children_protected(), start_child(f"{OBEY}\nprint('on', flush=True)\nwhile True: pass") as child:
+        assert child.stdout.readline() == "on\n"
+        terminate_from_a_sibling(child)
+        assert child.poll() is None
+        child.terminate()
+        assert child.wait(30) == 128 + signal.SIGTERM
+
+
+def test_a_termination_that_is_ignored_passes_this_process_and_those_it_starts(former: list[int]) -> None:
+    ignore_termination()
+    send(signal.SIGTERM)
+    with start_child() as child:
+        assert answers(child)
+        child.terminate()
+        assert answers(child)
+        child.stdin.close()
+        assert child.wait(30) == 0
+    assert former == []
+
+
+def test_a_child_may_decide_otherwise_about_a_termination_that_is_ignored() -> None:
+    ignore_termination()
+    with start_child("import signal; signal.signal(signal.SIGTERM, signal.SIG_DFL)") as child:
+        assert answers(child)
+        child.terminate()
+        assert child.wait(30) == -signal.SIGTERM
+
+
+def test_a_latch_takes_over_from_an_ignored_termination_and_gives_back() -> None:
+    ignore_termination()
+    with SignalLatch() as latch:
+        send(signal.SIGTERM)
+    assert latch.received() == ("TERM",)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
 
 
 def test_what_arrives_inside_is_delivered_on_leaving(former: list[int]) -> None:
