@@ -16,6 +16,11 @@ from hpcckpt.task import RankTask
 if TYPE_CHECKING:
     from submitit import SlurmExecutor
 
+# Keys that submitit and sbatch know under the same name.
+_AS_IN_SBATCH = (
+    "partition", "account", "qos", "constraint", "gres", "exclude", "dependency", "comment", "mail_type", "mail_user"
+)  # fmt: skip
+
 
 def batch_script(config: RunConfig, layout: RunLayout) -> str:
     """Return the batch script of a run; writes nothing."""
@@ -47,16 +52,7 @@ def _executor(config: RunConfig, layout: RunLayout) -> "SlurmExecutor":
         gpus_per_node=slurm.gpus_per_node or None,
         cpus_per_task=slurm.cpus_per_task,
         time=slurm.time_min,
-        partition=slurm.partition,
-        account=slurm.account,
-        qos=slurm.qos,
-        constraint=slurm.constraint,
-        gres=slurm.gres,
-        exclude=slurm.exclude,
-        dependency=slurm.dependency,
-        comment=slurm.comment,
-        mail_type=slurm.mail_type,
-        mail_user=slurm.mail_user,
+        **{name: getattr(slurm, name) for name in _AS_IN_SBATCH},
         setup=list(slurm.setup),
         # One failing rank ends the step, instead of the others waiting for it until the time limit. From Slurm 22.05 on
         # srun does not take the CPUs per task over from sbatch.

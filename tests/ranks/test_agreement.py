@@ -90,8 +90,8 @@ def test_over_real_sockets_a_wish_is_acted_on_soon_by_ranks_in_step_with_each_ot
                 agreement.wish("stop")  # again and again, as a latched signal does
             if agreement.tick() == "stop":
                 break
-            if tick == 5:
-                time.sleep(0.2)  # a training step long enough for the threads to answer
+            while tick == 5 and agreement._decision is None:
+                time.sleep(0.001)  # a training step that is longer than the threads need to answer
         barrier.wait(30)
         agreement.close()
         return tick
@@ -99,7 +99,9 @@ def test_over_real_sockets_a_wish_is_acted_on_soon_by_ranks_in_step_with_each_ot
     def client(_rank):
         return dist.TCPStore("127.0.0.1", server.port, is_master=False, timeout=timedelta(seconds=30))
 
-    assert run_together(3, one_rank, client) == [6, 6, 6]
+    ticks = run_together(3, one_rank, client)
+    # A thread may answer for its rank just before or just behind that rank's fifth tick.
+    assert ticks in ([5, 5, 5], [6, 6, 6])
 
 
 def test_a_wish_at_the_very_last_tick_keeps_nobody_from_leaving():

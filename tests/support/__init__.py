@@ -1,0 +1,1 @@
+"""What several test modules build on; found through pytest's pythonpath."""
