@@ -206,6 +206,10 @@ class Run:
         """Say that one optimizer step is done; the last statement of the loop's body. Every rank must call it.
 
         May save, or save and leave by SystemExit. Costs microseconds otherwise.
+
+        Raises:
+            UsageError: outside of `run.epochs`.
+            CheckpointSaveError, FencedError, AgreementError: on every rank.
         """
         if self._restored is None or self._finished:
             raise UsageError("run.step: call it inside of `for epoch in run.epochs(…)`")
