@@ -110,7 +110,9 @@ def start(cluster: Cluster, shared: Path, request: pytest.FixtureRequest) -> Ite
 def long_job(cluster: Cluster, shared: Path) -> Job:
     """A run longer than its time limit of two minutes, started when the first test needs the cluster."""
     folder = shared / "long"
-    done = cluster.submit(f"run_dir={folder}", "args.step_s=0.6", "args.epochs=18", "slurm.time_min=2", "requeue.lead_time_s=60")
+    done = cluster.submit(
+        f"run_dir={folder}", "args.step_s=0.6", "args.epochs=18", "slurm.time_min=2", "requeue.lead_time_s=60", "slurm.exclude='n3,n4'"
+    )
     assert done.returncode == 0, done.stderr
     return Job(cluster, folder, done.stdout.splitlines()[0])
 

@@ -39,6 +39,48 @@ def test_a_checkpoint_by_hand_requeues_the_same_job_and_goes_on_at_the_same_step
     assert job.log(0).count("hpcckpt: attempt") == 2
 
 
+@pytest.fixture
+def preempt(cluster, shared):
+    """A function that takes a job's nodes away from it with a job of higher priority, and waits until Slurm has begun to."""
+    script = shared / "urgent.sh"
+    script.write_text("#!/bin/bash\n#SBATCH --partition=high --nodes=2 --nodelist=n3,n4 --exclusive --time=1 --output=/dev/null\nsleep 1\n")
+    urgent = []
+
+    def take(job):
+        urgent.append(cluster.run("sbatch", "--parsable", str(script)).stdout.strip())
+        show = ("scontrol", "show", "job", job.job_id)
+        cluster.wait_until(
+            lambda: re.search(r" PreemptTime=\d| Restarts=[1-9]", cluster.run(*show).stdout), f"job {job.job_id} to be preempted"
+        )
+
+    yield take
+    for job_id in urgent:
+        cluster.run("scancel", job_id)
+
+
+def test_a_preempted_job_saves_and_requeues_itself_and_ends_as_if_it_had_not_been(start, preempt):
+    job = start("slurm.exclude='n1,n2'", "args.step_s=0.2", "args.epochs=5")
+    job.wait_for("restored")
+    preempt(job)
+    job.wait_for("finished")
+    assert [stop["cause"] for stop in job.events("stop")] == ["preemption"]
+    assert {event["job_id"] for event in job.events("attempt")} == {job.job_id}
+    assert job.events("restored")[1]["step"] == job.events("stop")[0]["step"]
+    whole = start("args.epochs=5")
+    whole.wait_for("finished")
+    assert all(torch.equal(job.latest()["model_state_dict"][key], value) for key, value in whole.latest()["model_state_dict"].items())
+
+
+def test_a_job_that_is_cancelled_while_it_is_being_preempted_stays_cancelled(start, preempt):
+    job = start("slurm.exclude='n1,n2'", "args.step_s=3")  # a step long enough for both to come within it
+    job.wait_for("restored")
+    preempt(job)
+    job.cluster.run("scancel", job.job_id)
+    assert job.cluster.wait_for_end(job.job_id) == "CANCELLED"
+    assert [stop["cause"] for stop in job.events("stop")] == ["cancelled"]
+    assert not job.events("requeue")
+
+
 def test_an_exception_in_one_rank_fails_the_job_on_all_ranks_and_is_not_requeued(cluster, start):
     scripts = Path(__file__).parents[1] / "scripts"
     job = start("entrypoint=raising:on_rank_2", PYTHONPATH=str(scripts))
