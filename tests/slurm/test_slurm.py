@@ -125,12 +125,13 @@ def test_a_refusal_by_sbatch_is_passed_on_and_leaves_nothing(cluster, shared):
     assert not (shared / "refused").exists()
 
 
-def test_a_directory_in_use_is_refused_with_the_job_that_uses_it(long_job):
-    config = (long_job.run_dir / "config.yaml").read_bytes()
-    done = long_job.cluster.submit(f"run_dir={long_job.run_dir}")
+def test_a_directory_in_use_is_refused_with_the_job_that_uses_it(start):
+    job = start("args.step_s=0.5")
+    config = (job.run_dir / "config.yaml").read_bytes()
+    done = job.cluster.submit(f"run_dir={job.run_dir}")
     assert done.returncode == 2
-    assert f"job {long_job.job_id} still waits or runs" in done.stderr
-    assert (long_job.run_dir / "config.yaml").read_bytes() == config
+    assert f"job {job.job_id} still waits or runs" in done.stderr
+    assert (job.run_dir / "config.yaml").read_bytes() == config
 
 
 def test_a_script_started_without_srun_is_told_so(cluster, shared):
