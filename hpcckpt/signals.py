@@ -52,6 +52,15 @@ class SignalLatch:
             # None: installed from C, which Python cannot put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
+    def ignore(self) -> None:
+        """Let the signals pass from now on, to the very end of the process.
+
+        Python puts its own handlers back to the default as it shuts down, and the default ends the process: a warning that comes
+        as a finished run exits would make it a failed one. What is ignored stays ignored.
+        """
+        for number in self._signals:
+            signal.signal(number, signal.SIG_IGN)
+
     def received(self) -> tuple[str, ...]:
         """Return the names, without SIG, of the signals that came."""
         return tuple(signal.Signals(number).name.removeprefix("SIG") for number in sorted(self._counts))

@@ -35,15 +35,18 @@ class RankTask:
         # First of all: behind it are submitit's handlers, which requeue or fail the job, and torch takes seconds to import.
         latch = SignalLatch(("USR1", "USR2", "TERM"))
         latch.install()
-        layout = RunLayout(Path(self.run_dir))
-        config = configuration.resolve(configuration.load(layout.config), str(layout.config))
-        task = TaskEnvironment.from_environ(os.environ)
-        task.check_against(config.slurm.nodes, config.slurm.tasks_per_node)
-        main = import_entrypoint(config.entrypoint)
-        from hpcckpt.run import Run
+        try:
+            layout = RunLayout(Path(self.run_dir))
+            config = configuration.resolve(configuration.load(layout.config), str(layout.config))
+            task = TaskEnvironment.from_environ(os.environ)
+            task.check_against(config.slurm.nodes, config.slurm.tasks_per_node)
+            main = import_entrypoint(config.entrypoint)
+            from hpcckpt.run import Run
 
-        with Run(layout, config, task, latch) as run:
-            main(run)
+            with Run(layout, config, task, latch) as run:
+                main(run)
+        finally:
+            latch.ignore()
 
 
 def import_entrypoint(entrypoint: str) -> Callable[[Any], None]:

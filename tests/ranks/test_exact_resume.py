@@ -75,6 +75,18 @@ def test_a_signal_to_every_process_of_the_job_workers_included_still_saves(ranks
     assert trained_ids(tmp_path / "whole", 2) == trained_ids(run_dir, 2)
 
 
+def test_a_signal_while_a_finished_run_exits_does_not_make_it_a_failed_one(ranks, environ, tmp_path):
+    (tmp_path / "config.yaml").write_text("entrypoint: exact:main\n")
+    code = f"from hpcckpt.task import RankTask; RankTask({str(tmp_path)!r})()"
+    (process,) = ranks.start(["-c", code], 1, {"PYTHONPATH": f"{Path(SCRIPT).parent}:{environ()['PYTHONPATH']}"})
+    events = tmp_path / "events.jsonl"
+    ranks.wait_until(lambda: events.exists() and '"finished"' in events.read_text(), "the run to finish")
+    while process.poll() is None:
+        process.send_signal(signal.SIGUSR1)
+        process.send_signal(signal.SIGTERM)
+    assert ranks.finish([process]).codes == [0]
+
+
 def test_every_sample_is_trained_on_once_an_epoch_when_the_number_of_ranks_changes_within_it(ranks, tmp_path):
     for world_size, stop in ((2, "0@2"), (1, "0@8"), (3, "")):
         attempt = ranks.run([SCRIPT, str(tmp_path), "args.epochs=1"], world_size, {"HPCCKPT_TEST_STOPS": stop})
