@@ -74,7 +74,6 @@ class Checkpointer:
         self._tracked = tracked
         self._seed = seed
         self._newest: Position | None = None
-        self.last_save_s: float | None = None
 
     def boundary(self) -> Boundary:
         """Return a copy of what may change between here and the next training step."""
@@ -97,12 +96,10 @@ class Checkpointer:
         """
         if position == self._newest:
             return
-        began = time.monotonic()
         generators = self._ranks.gather(rng_state() if boundary is None else boundary.rng)
         earlier = None if boundary is None else boundary.tracked
         self._ranks.from_main(lambda: self._commit(position, metrics, data_state, reason, earlier, generators))
         self._newest = position
-        self.last_save_s = time.monotonic() - began
 
     def restore(self) -> Restored:
         """Load what this start goes on from into the tracked objects of every rank.
