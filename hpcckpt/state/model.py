@@ -5,7 +5,8 @@ DistributedDataParallel, DataParallel and torch.compile each put the wrapped mod
 spelling: a submodule that its author called `module` keeps its name, and a wrapper deep inside loses its own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,32 +66,84 @@ def model_state(module: nn.Module) -> dict[str, Any]:
     return {names[key]: value for key, value in module.state_dict().items()}
 
 
-def load_model_state(module: nn.Module, state: Mapping[str, Any]) -> None:
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of a model's state; every entry is a portable name, `reshaped` and `cast` say from what to what."""
+
+    loaded: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    reshaped: tuple[str, ...] = ()
+    cast: tuple[str, ...] = ()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every tensor of the model was in the checkpoint, and nothing else."""
+        return not (self.missing or self.unexpected or self.reshaped)
+
+    def __str__(self) -> str:
+        """Return it as one line, with a few names of each kind."""
+        parts = [f"{len(self.loaded)} loaded"]
+        for what, names in (
+            ("missing", self.missing),
+            ("unexpected", self.unexpected),
+            ("of another shape", self.reshaped),
+            ("of another dtype", self.cast),
+        ):
+            if names:
+                parts.append(f"{len(names)} {what}: {_listed(names)}")
+        return "; ".join(parts)
+
+
+def load_model_state(module: nn.Module, state: Mapping[str, Any], *, strict: bool = True, cast: bool = False) -> LoadReport:
     """Load state with portable names into a module with any wrappers.
+
+    Args:
+        module: the target, on any device.
+        state: portable name -> tensor, or a module's extra state.
+        strict: refuse a state that does not fit in full; else load what fits and leave the rest of the module as it is.
+        cast: accept tensors of another dtype, converted; without it they do not fit.
 
     Raises:
         CheckpointMismatchError: names the first missing and unexpected keys, or those of another shape; nothing was loaded.
     """
     names = portable_names(module)
     own = module.state_dict()
-    problems = []
-    if missing := [name for name in names.values() if name not in state]:
-        problems.append(f"it lacks {_listed(missing)}")
-    if unexpected := [name for name in state if name not in set(names.values())]:
-        problems.append(f"the model has no {_listed(unexpected)}")
-    if reshaped := [
-        f"{name} {tuple(state[name].shape)} for {tuple(own[key].shape)}"
-        for key, name in names.items()
-        if isinstance(own[key], torch.Tensor) and name in state and state[name].shape != own[key].shape
-    ]:
-        problems.append(f"shapes differ: {_listed(reshaped)}")
-    if problems:
+    pairs = {name: (own[key], state[name]) for key, name in names.items() if name in state}
+    tensors = {name: pair for name, pair in pairs.items() if all(isinstance(part, torch.Tensor) for part in pair)}
+    reshaped = {
+        name: f"{name} {tuple(saved.shape)} for {tuple(mine.shape)}" for name, (mine, saved) in tensors.items() if saved.shape != mine.shape
+    }
+    differing = {
+        name: f"{name} {_dtype(saved)} for {_dtype(mine)}"
+        for name, (mine, saved) in tensors.items()
+        if saved.dtype != mine.dtype and name not in reshaped
+    }
+    fitting = [name for name in pairs if name not in reshaped and (cast or name not in differing)]
+    report = LoadReport(
+        loaded=tuple(fitting),
+        missing=tuple(name for name in names.values() if name not in state),
+        unexpected=tuple(name for name in state if name not in pairs),
+        reshaped=tuple(reshaped.values()),
+        cast=tuple(differing.values()),
+    )
+    problems = [f"it lacks {_listed(report.missing)}"] if report.missing else []
+    problems += [f"the model has no {_listed(report.unexpected)}"] if report.unexpected else []
+    problems += [f"shapes differ: {_listed(report.reshaped)}"] if report.reshaped else []
+    problems += [f"types differ: {_listed(report.cast)}"] if report.cast and not cast else []
+    if problems and strict:
         raise CheckpointMismatchError(
             f"the checkpoint does not fit the model: {'; '.join(problems)}; was the model changed since it was saved?"
         )
-    module.load_state_dict({key: state[name] for key, name in names.items()})
+    wanted = set(fitting)
+    module.load_state_dict({key: state[name] for key, name in names.items() if name in wanted}, strict=False)
+    return report
 
 
-def _listed(items: list[str]) -> str:
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _listed(items: Sequence[str]) -> str:
     more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
     return ", ".join(items[:_SHOWN]) + more
