@@ -12,9 +12,13 @@ TEMPORARY_PREFIX = ".tmp-"
 
 @dataclass(frozen=True)
 class RunLayout:
-    """Paths below one run directory; pure, touches no file."""
+    """Paths below one run directory; pure, touches no file.
+
+    `folder` is the name of the checkpoints' folder: a checkpoint manager without a run has its own.
+    """
 
     root: Path
+    folder: str = "checkpoints"
 
     @property
     def config(self) -> Path:
@@ -44,7 +48,7 @@ class RunLayout:
     @property
     def checkpoints(self) -> Path:
         """Checkpoints, manifests and the pointer."""
-        return self.root / "checkpoints"
+        return self.root / self.folder
 
     @property
     def latest(self) -> Path:
@@ -55,6 +59,11 @@ class RunLayout:
     def lock(self) -> Path:
         """Held while the pointer or the generation changes."""
         return self.checkpoints / "latest.json.lock"
+
+    @property
+    def attempt_lock(self) -> Path:
+        """Held by rank 0 of a live attempt."""
+        return self.checkpoints / "attempt.lock"
 
     @property
     def generation(self) -> Path:
@@ -70,6 +79,18 @@ class RunLayout:
     def superseded(self) -> Path:
         """What a rewind left behind; never deleted by itself."""
         return self.checkpoints / "superseded"
+
+    @property
+    def damaged(self) -> Path:
+        """Checkpoints whose bytes are not those that were committed; never deleted by itself."""
+        return self.checkpoints / "damaged"
+
+    def reserves(self, name: str) -> bool:
+        """Return whether a file of this name in the checkpoints' folder is hpcckpt's own, so that no checkpoint may be called so."""
+        own = (self.latest, self.lock, self.attempt_lock, self.generation, self.best, self.superseded, self.damaged)
+        return (
+            name in {path.name for path in own} or name.startswith(".") or name.endswith(".json") or parse_checkpoint_name(name) is not None
+        )
 
 
 def checkpoint_name(epoch: int, step: int | None = None) -> str:
@@ -89,5 +110,5 @@ def parse_checkpoint_name(name: str) -> tuple[int, int | None] | None:
 
 
 def manifest_name(name: str) -> str:
-    """Return the file name of a checkpoint's manifest."""
-    return name.removesuffix(".pt") + ".json"
+    """Return the file name of a checkpoint's manifest; a name of the user's own keeps its suffix, so that latest.pt may be one."""
+    return (name.removesuffix(".pt") if parse_checkpoint_name(name) is not None else name) + ".json"

@@ -30,6 +30,8 @@ class CheckpointInfo:
     step: int
     epoch_finished: bool
     metrics: Mapping[str, float] = field(default_factory=dict)
+    # Said by whoever saved it, where no metric is monitored.
+    is_best: bool = False
 
     @property
     def order(self) -> tuple[int, int, bool]:
@@ -39,18 +41,21 @@ class CheckpointInfo:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay; the rest may go once a newer one is durable."""
+    """Which checkpoints stay; the rest may go once a newer one is durable. `keep_last` None: all of them."""
 
-    keep_last: int = 3
+    keep_last: int | None = 3
     keep_best: int = 1
     keep_every_epochs: int | None = None
     monitor: str | None = None
     mode: str = "min"
 
     def best(self, infos: Iterable[CheckpointInfo]) -> list[CheckpointInfo]:
-        """Return those that have the monitored metric, best first; NaN is never best, ties go to the earlier one."""
+        """Return those that have the monitored metric, best first; NaN is never best, ties go to the earlier one.
+
+        Without a monitored metric: those that were saved as the best, the last one first.
+        """
         if self.monitor is None:
-            return []
+            return sorted((info for info in infos if info.is_best), key=lambda info: info.order, reverse=True)
         key = self.monitor
         rated = [info for info in infos if not math.isnan(info.metrics.get(key, math.nan))]
         sign = 1 if self.mode == "min" else -1
@@ -58,6 +63,8 @@ class Retention:
 
     def surplus(self, infos: Sequence[CheckpointInfo], protected: Collection[str]) -> list[CheckpointInfo]:
         """Return what may be deleted, oldest first; never a name in `protected`."""
+        if self.keep_last is None:
+            return []
         ordered = sorted(infos, key=lambda info: info.order)
         keep = {info.name for info in ordered[-self.keep_last :]} | set(protected)
         keep |= {info.name for info in self.best(ordered)[: self.keep_best]}

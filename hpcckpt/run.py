@@ -78,11 +78,7 @@ class Run:
         self.is_main = self._ranks.is_main
         self._ledger = Ledger(layout.events)
         self._metrics_file = MetricsFile(layout.metrics)
-        checkpoint = config.checkpoint
-        retention = policy.Retention(
-            checkpoint.keep_last, checkpoint.keep_best, checkpoint.keep_every_epochs, checkpoint.monitor, checkpoint.mode
-        )
-        self._store = CheckpointStore(layout, retention)
+        self._store = CheckpointStore.configured(layout, config.checkpoint)
         self.restart_count = self._ranks.from_main(self._begin_attempt)
         self._agreement = Agreement(self._ranks.store, task.rank, task.world_size)
         self._tracked = Tracked()
@@ -276,7 +272,7 @@ class Run:
     def _begin_attempt(self) -> int:
         """Claim the run directory and write the ledger's first line of this attempt; returns restart_count. Rank 0."""
         make_private_directory(self.run_dir)
-        generation = self._store.claim(self._task.job_id)
+        generation = self._store.claim(self._task.job_id, self._task.restart_count)
         restart_count = self._task.restart_count
         if restart_count is None:
             attempts = [event for event in self._ledger.events() if event["event"] == "attempt"]

@@ -44,6 +44,7 @@ def problems(config: RunConfig) -> Iterator[str]:
         yield f"run_dir: {config.run_dir!r} must be a path without % (Slurm replaces % in the names of log files)"
     yield from _choice("cluster", config.cluster, ("auto", "slurm", "local"))
     yield from _choice("checkpoint.mode", checkpoint.mode, ("min", "max"))
+    yield from _choice("checkpoint.locking", checkpoint.locking, ("flock", "off"))
     yield from _choice("requeue.signal", requeue.signal, ("USR1", "USR2"))
     # torch.manual_seed takes 64 bits; a negative seed would mean another generator state than it says.
     if not 0 <= config.seed < 2**64:
@@ -83,6 +84,8 @@ def problems(config: RunConfig) -> Iterator[str]:
 def _resume_problems(resume: ResumeConfig) -> Iterator[str]:
     yield from _at_least("resume.epoch", resume.epoch, 0)
     yield from _at_least("resume.step", resume.step, 0)
+    if not resume.strict and not resume.weights_only:
+        yield "resume.strict=false goes with resume.weights_only=true: a run that goes on needs all of its state"
     if not resume.from_:
         yield "resume.from: is empty; write latest, best, none or the path of a checkpoint"
     if resume.epoch is not None and resume.step is not None:

@@ -51,6 +51,7 @@ class CheckpointConfig:
     keep_every_epochs: int | None = None
     monitor: str | None = None
     mode: str = "min"
+    locking: str = "flock"
 
 
 @dataclass
@@ -72,6 +73,7 @@ class ResumeConfig:
     epoch: int | None = None
     step: int | None = None
     weights_only: bool = False
+    strict: bool = True
 
 
 @dataclass

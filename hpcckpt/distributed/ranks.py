@@ -7,14 +7,14 @@ CPU whatever the training uses, so that they neither disturb NCCL's streams nor 
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from hpcckpt.distributed.rendezvous import DEFAULT_TIMEOUT_S, open_store
 from hpcckpt.environment import TaskEnvironment
-from hpcckpt.errors import HpcckptError, RankFailedError, TaskEnvironmentError
+from hpcckpt.errors import HpcckptError, RankFailedError, TaskEnvironmentError, UsageError
 
 T = TypeVar("T")
 
@@ -35,31 +35,34 @@ def choose_device(task: TaskEnvironment) -> torch.device:
     )
 
 
-class Ranks:
-    """A connected process group. Every rank must create one, and close it."""
+class Collectives:
+    """What the ranks of a connected process group do together. Every rank must create one, with the same group."""
 
-    def __init__(self, task: TaskEnvironment, device: torch.device, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        self.rank = task.rank
-        self.world_size = task.world_size
-        # gloo announces the address its host name resolves to, which Debian maps to 127.0.1.1.
-        if task.world_size > 1 and task.num_nodes == 1:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        backend: Literal["nccl", "gloo"] = "nccl" if device.type == "cuda" else "gloo"
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        with open_store(task, timeout_s) as store:
-            self.store = store
-            # Returns when every rank is here.
-            dist.init_process_group(
-                backend,
-                store=dist.PrefixStore("process_group", store),
-                rank=task.rank,
-                world_size=task.world_size,
-                timeout=timedelta(seconds=max(timeout_s, COLLECTIVE_TIMEOUT_S)),
+    def __init__(self, rank: int, world_size: int, group: "dist.ProcessGroup | None") -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._control = group
+
+    @classmethod
+    def attached(cls, rank: int, world_size: int) -> Self:
+        """Return those of the process group that the caller's script has made. Every rank must call it.
+
+        Raises:
+            UsageError: there is no process group, or it is another one than `rank` and `world_size` say.
+        """
+        if not dist.is_initialized():
+            if world_size > 1:
+                raise UsageError(
+                    f"rank {rank} of {world_size}: there is no process group; call torch.distributed.init_process_group before, or give "
+                    "world_size=1"
+                )
+            return cls(rank, world_size, None)
+        if (dist.get_rank(), dist.get_world_size()) != (rank, world_size):
+            raise UsageError(
+                f"rank {rank} of {world_size}: torch.distributed says rank {dist.get_rank()} of {dist.get_world_size()}; give its numbers"
             )
-            # NCCL connects at its first collective only, so this is where its ranks meet.
-            self._control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
-        self._open = True
+        gloo = dist.get_backend() == "gloo"
+        return cls(rank, world_size, dist.group.WORLD if gloo or world_size == 1 else dist.new_group(backend="gloo"))
 
     @property
     def is_main(self) -> bool:
@@ -112,6 +115,32 @@ class Ranks:
             if failure is not None:
                 raise RankFailedError(f"rank {rank} failed: {failure}")
         return value  # type: ignore[return-value]  # None only where T allows it
+
+
+class Ranks(Collectives):
+    """A connected process group. Every rank must create one, and close it."""
+
+    def __init__(self, task: TaskEnvironment, device: torch.device, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        # gloo announces the address its host name resolves to, which Debian maps to 127.0.1.1.
+        if task.world_size > 1 and task.num_nodes == 1:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        backend: Literal["nccl", "gloo"] = "nccl" if device.type == "cuda" else "gloo"
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        with open_store(task, timeout_s) as store:
+            self.store = store
+            # Returns when every rank is here.
+            dist.init_process_group(
+                backend,
+                store=dist.PrefixStore("process_group", store),
+                rank=task.rank,
+                world_size=task.world_size,
+                timeout=timedelta(seconds=max(timeout_s, COLLECTIVE_TIMEOUT_S)),
+            )
+            # NCCL connects at its first collective only, so this is where its ranks meet.
+            control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
+        super().__init__(task.rank, task.world_size, control)
+        self._open = True
 
     def close(self) -> None:
         """Leave the process group; harmless when called twice. Every rank must call it on a way out that all take."""

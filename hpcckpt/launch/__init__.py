@@ -22,7 +22,7 @@ from hpcckpt.config import ResumeConfig, RunConfig
 from hpcckpt.errors import ConfigError, RunDirectoryError, SchedulerError
 from hpcckpt.launch import local, slurm
 from hpcckpt.layout import RunLayout
-from hpcckpt.policy import Retention, outcome
+from hpcckpt.policy import outcome
 from hpcckpt.store import resume
 from hpcckpt.store.checkpoints import CheckpointStore
 from hpcckpt.store.durable import make_private_directory, write_bytes
@@ -93,7 +93,7 @@ def submit(merged: DictConfig, where: str) -> Submitted:
     _check_run_dir(layout.root)
     ledger = Ledger(layout.events)
     _refuse_if_in_use(layout, ledger)
-    store = CheckpointStore(layout, _retention(config))
+    store = CheckpointStore.configured(layout, config.checkpoint)
     resume.check(store, config.resume)
     check_entrypoint(config, where)
     if cluster == "slurm":
@@ -174,11 +174,6 @@ def _show_from(log: Path, offset: int, show: Callable[[str], None]) -> int:
     if text:
         show(text.decode(errors="replace"))
     return len(text)
-
-
-def _retention(config: RunConfig) -> Retention:
-    checkpoint = config.checkpoint
-    return Retention(checkpoint.keep_last, checkpoint.keep_best, checkpoint.keep_every_epochs, checkpoint.monitor, checkpoint.mode)
 
 
 def _check_cluster(config: RunConfig, cluster: Cluster, where: str) -> None:

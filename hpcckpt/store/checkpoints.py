@@ -1,114 +1,104 @@
-"""The checkpoints of a run: commit, pointer, lookup, retention, rewind. Rank 0 alone uses it.
+"""The checkpoints of a run: commit, pointer, retention, rewind. Rank 0 alone uses it; looking needs `reader` only.
 
 Commit order: file -> manifest -> pointer -> best -> retention. Each file is durable before the next one is begun, so
 the pointer names a complete, durable checkpoint at every instant, and an interrupted commit leaves at worst a file that
-nothing names. No name in the folder changes but under the lock and while this attempt is still the newest: a newer
-attempt may commit a file of the same name.
-
-The lock keeps two live processes apart; the generation keeps an old incarnation on a lost node apart, which may hold
-no lock and still run.
+nothing names. No name in the folder changes but under the `guard`: a newer attempt may commit a file of the same name.
 """
 
-import contextlib
 import errno
 import os
 import secrets
 import shutil
-import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
-from filelock import FileLock, Timeout
-
+from hpcckpt.config import CheckpointConfig
 from hpcckpt.errors import (
     CheckpointCorruptError,
-    CheckpointError,
     CheckpointNotFoundError,
     CheckpointSaveError,
     FencedError,
     RunDirectoryError,
+    UsageError,
 )
 from hpcckpt.layout import TEMPORARY_PREFIX, RunLayout, checkpoint_name, manifest_name, parse_checkpoint_name
 from hpcckpt.policy import CheckpointInfo, Retention
-from hpcckpt.store.durable import (
-    file_digest,
-    make_private_directory,
-    read_json,
-    sync_directory,
-    write_durably,
-    write_json,
-)
+from hpcckpt.store.durable import drafted, is_being_read, make_private_directory, read_json, sync_directory, write_durably
+from hpcckpt.store.guard import Guard
+from hpcckpt.store.reader import CheckpointReader, Entry
 
-LOCK_TIMEOUT_S = 60.0
-# What flock(2) says on a file system that has none.
-_NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK})
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+# Manifest, pointer and what a file system keeps for itself.
+_MARGIN_BYTES = 256 * 1024
 
 
-class CheckpointStore:
+class CheckpointStore(CheckpointReader):
     """The `checkpoints` folder of one run directory."""
 
-    def __init__(self, layout: RunLayout, retention: Retention) -> None:
-        self._layout = layout
-        self._retention = retention
-        self._generation = 0
+    def __init__(self, layout: RunLayout, retention: Retention, locking: str = "flock") -> None:
+        super().__init__(layout, retention)
+        self._guard = Guard(layout, locking)
+        # What this attempt went on from: known to be good, so it stays as long as the attempt lives.
+        self._source: str | None = None
 
-    def claim(self, job_id: str | None) -> int:
-        """Take the next generation, from now on the only one that may commit; returns it.
+    @classmethod
+    def configured(cls, layout: RunLayout, config: CheckpointConfig) -> Self:
+        """Return the store of a run with this configuration."""
+        retention = Retention(config.keep_last, config.keep_best, config.keep_every_epochs, config.monitor, config.mode)
+        return cls(layout, retention, config.locking)
 
-        Raises:
-            RunDirectoryError: the directory or the lock cannot be had.
-        """
-        make_private_directory(self._layout.checkpoints)
-        with self._locked():
-            claimed = (read_json(self._layout.generation) or {}).get("generation", 0)
-            self._generation = int(claimed) + 1
-            write_json(
-                self._layout.generation,
-                {"generation": self._generation, "job_id": job_id, "host": socket.gethostname(), "time": time.time()},
-            )
-            # What an older attempt had begun to write: it may not commit it any more.
-            for leftover in self._layout.checkpoints.glob(f"{TEMPORARY_PREFIX}*"):
-                leftover.unlink(missing_ok=True)
-        return self._generation
+    def claim(self, job_id: str | None, restart_count: int | None = None) -> int:
+        """Take the next generation, from now on the only one that may commit; returns it. As `Guard.claim`."""
+        return self._guard.claim(job_id, restart_count)
+
+    def release(self) -> None:
+        """Let another run have the directory; the end of the process does so, too."""
+        self._guard.release()
+
+    def refuse_if_fenced(self) -> None:
+        """Raise FencedError if a newer attempt has taken over."""
+        self._guard.refuse_if_fenced()
 
     def commit(
-        self, epoch: int, step: int, *, epoch_finished: bool, write: Callable[[IO[bytes]], None], manifest: Mapping[str, Any]
+        self,
+        epoch: int,
+        step: int,
+        *,
+        epoch_finished: bool,
+        write: Callable[[IO[bytes]], None],
+        manifest: Mapping[str, Any],
+        name: str | None = None,
     ) -> Path:
         """Let `write` fill a checkpoint, make it durable, point to it, and only then let older ones go.
 
-        `manifest` needs `metrics`; whatever else it holds is recorded.
+        `manifest` needs `metrics`; whatever else it holds is recorded. With a `name` of the user's own neither the pointer nor
+        retention takes notice of it. `write` is called again where deleting what may go makes room on a full disk.
 
         Raises:
+            UsageError: the name is one that this folder uses itself.
             FencedError: a newer attempt has started; nothing was moved or deleted.
             CheckpointSaveError: the file system failed; everything older is intact.
         """
-        name = checkpoint_name(epoch, None if epoch_finished else step)
-        path = self._layout.checkpoints / name
-        began = time.monotonic()
+        given = checkpoint_name(epoch, None if epoch_finished else step)
+        if name is not None and name != given:
+            self._refuse_name(name)
+        info = CheckpointInfo(
+            name or given, epoch, step, epoch_finished, dict(manifest["metrics"]), is_best=bool(manifest.get("is_best", False))
+        )
+        path = self._layout.checkpoints / info.name
         try:
             self.refuse_if_fenced()
-            size_bytes, digest = write_durably(path, write, publishing=self._owned())
-            entry = {
-                "file": name,
-                "size_bytes": size_bytes,
-                "digest": digest,
-                "epoch": epoch,
-                "step": step,
-                "epoch_finished": epoch_finished,
-                "generation": self._generation,
-            }
-            with self._owned():
-                write_json(
-                    self._layout.checkpoints / manifest_name(name),
-                    {**entry, **manifest, "save_s": round(time.monotonic() - began, 4), "time": time.time()},
-                )
-                write_json(self._layout.latest, entry)
-                infos = self.infos()
-                self._link_best(infos)
-                self._delete(self._retention.surplus(infos, {name}))
-        except (FencedError, RunDirectoryError):
+            self._make_room(info)
+            try:
+                self._commit(info, write, manifest)
+            except OSError as error:
+                # Quotas do not show in the free space.
+                if error.errno not in _FULL or not self._delete(self._early_surplus(info)):
+                    raise
+                self._commit(info, write, manifest)
+        except (FencedError, RunDirectoryError, CheckpointSaveError):
             raise
         except (OSError, CheckpointCorruptError) as error:
             reason = getattr(error, "strerror", None) or error
@@ -118,93 +108,27 @@ class CheckpointStore:
             ) from error
         return path
 
-    def infos(self) -> list[CheckpointInfo]:
-        """Return every committed checkpoint, in order of training; rebuilt from the manifests on disk."""
-        return sorted((info for info, _ in self._manifests()), key=lambda info: info.order)
-
-    def newest_good(self, report: Callable[[str], None]) -> CheckpointInfo | None:
-        """Return the checkpoint the pointer names, or the newest one that verifies if that is damaged; None if there is none.
-
-        `report` is told of each damaged one.
+    def recover(self, report: Callable[[str], None]) -> CheckpointInfo | None:
+        """Return what `newest_good` does, after setting damaged checkpoints aside; it will not be deleted by this attempt.
 
         Raises:
-            CheckpointCorruptError: there are checkpoints, and all are damaged.
+            CheckpointCorruptError: there are checkpoints, and all are damaged; nothing was moved.
+            FencedError: a newer attempt has started.
         """
-        manifests = {info.name: (info, manifest) for info, manifest in self._manifests()}
-        try:
-            pointer = read_json(self._layout.latest)
-            pointed = None if pointer is None else str(pointer.get("file"))
-        except CheckpointCorruptError as error:
-            report(str(error))
-            pointed = None
-        if not manifests and not os.path.lexists(self._layout.latest):
-            return None
-        if pointed is not None and pointed not in manifests:
-            report(f"{self._layout.latest} names {pointed!r}, which is not there, or has no intact manifest")
-        newest_first = sorted(manifests, key=lambda name: manifests[name][0].order, reverse=True)
-        # A file newer than the pointer was never acknowledged; it comes after the one that was, or serves if that is bad.
-        for name in sorted(newest_first, key=lambda name: name != pointed):
-            info, manifest = manifests[name]
-            problem = self._problem(name, manifest)
-            if problem is None:
-                return info
+        damaged: list[str] = []
+        problems: list[str] = []
+        newest = self._newest_good(problems.append, damaged)
+        for problem in problems:
             report(problem)
-        raise CheckpointCorruptError(
-            f"{self._layout.checkpoints}: no checkpoint here is intact; submit with resume.from=none to begin anew "
-            "(what is there moves to superseded/), or with resume.from=PATH"
-        )
-
-    def find(self, *, epoch: int | None = None, step: int | None = None, best: bool = False) -> CheckpointInfo:
-        """Return the checkpoint of a finished epoch, of an optimizer step, or the best one; verified.
-
-        Raises:
-            CheckpointNotFoundError: there is none; the message lists those there are.
-            CheckpointCorruptError: it is damaged.
-        """
-        infos = self.infos()
-        if best:
-            found, asked = self._retention.best(infos)[:1], "resume.from=best"
-            known = "no checkpoint here has the metric checkpoint.monitor"
-        elif epoch is not None:
-            found, asked = [info for info in infos if info.epoch_finished and info.epoch == epoch], f"resume.epoch={epoch}"
-            known = _known("epochs", [info.epoch for info in infos if info.epoch_finished])
-        else:
-            found, asked = [info for info in infos if info.step == step][-1:], f"resume.step={step}"
-            known = _known("steps", [info.step for info in infos])
-        if not found:
-            raise CheckpointNotFoundError(f"{asked}: {self._layout.checkpoints} has no such checkpoint; {known}")
-        manifest = read_json(self._layout.checkpoints / manifest_name(found[0].name))
-        problem = self._problem(found[0].name, manifest or {})
-        if problem is not None:
-            raise CheckpointCorruptError(f"{asked}: {problem}; choose another one; {known}")
-        return found[0]
-
-    def own(self, path: Path) -> CheckpointInfo | None:
-        """Return the checkpoint whose bytes `path` holds, where that is a file of this folder (best_model.pt, say); None elsewhere.
-
-        Raises:
-            CheckpointCorruptError: it is in this folder, but no checkpoint was committed with its bytes.
-        """
-        if path.parent.resolve() != self._layout.checkpoints.resolve():
-            return None
-        try:
-            _, digest = file_digest(path)
-        except OSError as error:
-            raise CheckpointCorruptError(f"{path} cannot be read ({error.strerror})") from None
-        found = next((info for info, manifest in self._manifests() if manifest.get("digest") == digest), None)
-        if found is None:
-            raise CheckpointCorruptError(f"{path} is damaged, or no checkpoint of this run: choose another one")
-        return found
-
-    def path(self, name: str) -> Path:
-        """Return the path of a checkpoint's file.
-
-        Raises:
-            CheckpointNotFoundError: `name` is no checkpoint's name, so it must not be looked up.
-        """
-        if parse_checkpoint_name(name) is None:
-            raise CheckpointNotFoundError(f"{name!r} is not the name of a checkpoint")
-        return self._layout.checkpoints / name
+        if newest is not None:
+            self._source = newest.name
+        if problems and newest is not None:
+            with self._guard.owned():
+                # The pointer first: an interruption leaves files that are found to be damaged again.
+                self._point_to(self._rotation()[newest.name])
+                self._move(damaged, self._layout.damaged)
+                self._link_best()
+        return newest
 
     def rewind(self, keep: str | None) -> None:
         """Go back to checkpoint `keep` (None: to before the first): later ones move to superseded/, nothing is deleted.
@@ -214,75 +138,103 @@ class CheckpointStore:
         Raises:
             CheckpointNotFoundError: `keep` is not there any more; nothing was moved.
         """
-        with self._owned():
-            manifests = {info.name: (info, manifest) for info, manifest in self._manifests()}
-            infos = sorted((info for info, _ in manifests.values()), key=lambda info: info.order)
+        with self._guard.owned():
+            entries = self._rotation()
             if keep is None:
-                later = infos
+                later = list(entries)
                 self._layout.latest.unlink(missing_ok=True)
                 sync_directory(self._layout.checkpoints)
-            elif keep in manifests:
-                kept, manifest = manifests[keep]
-                later = [info for info in infos if info.order > kept.order]
-                fields = ("file", "size_bytes", "digest", "epoch", "step", "epoch_finished")
-                write_json(self._layout.latest, {**{key: manifest[key] for key in fields}, "generation": self._generation})
+            elif keep in entries:
+                kept = entries[keep]
+                later = [name for name, entry in entries.items() if entry.info.order > kept.info.order]
+                self._point_to(kept)
             else:
-                known = ", ".join(manifests) or "nothing"
+                known = ", ".join(entries) or "nothing"
                 raise CheckpointNotFoundError(f"{self._layout.checkpoints}: {keep} is not there any more; resume from another one: {known}")
-            names = [name for info in later for name in (info.name, manifest_name(info.name))]
-            names += self._manifests_alone()  # of an interrupted call
-            if names:
-                make_private_directory(self._layout.superseded)
-                for name in names:
-                    os.rename(self._layout.checkpoints / name, free_name(self._layout.superseded / name))
-                sync_directory(self._layout.superseded)
-                sync_directory(self._layout.checkpoints)
-            self._link_best([info for info in infos if info not in later])
+            self._move(later, self._layout.superseded)
+            self._link_best()
 
-    def _manifests(self) -> Iterator[tuple[CheckpointInfo, dict[str, Any]]]:
-        try:
-            names = os.listdir(self._layout.checkpoints)
-        except FileNotFoundError:
-            return
-        for name in names:
-            if parse_checkpoint_name(name) is None:
-                continue
-            with contextlib.suppress(CheckpointError, ValueError, TypeError, AttributeError, KeyError):
-                manifest = read_json(self._layout.checkpoints / manifest_name(name))
-                if manifest is None or manifest["file"] != name:
-                    continue
-                yield (
-                    CheckpointInfo(
-                        name,
-                        int(manifest["epoch"]),
-                        int(manifest["step"]),
-                        bool(manifest["epoch_finished"]),
-                        {str(key): float(value) for key, value in manifest["metrics"].items()},
-                    ),
-                    manifest,
-                )
+    def _commit(self, info: CheckpointInfo, write: Callable[[IO[bytes]], None], manifest: Mapping[str, Any]) -> None:
+        began = time.monotonic()
+        path = self._layout.checkpoints / info.name
+        manifest_path = self._layout.checkpoints / manifest_name(info.name)
+        with drafted(path, write) as draft:
+            content = {
+                "file": info.name,
+                "size_bytes": draft.size_bytes,
+                "digest": draft.digest,
+                "epoch": info.epoch,
+                "step": info.step,
+                "epoch_finished": info.epoch_finished,
+                "generation": self._guard.generation,
+                **manifest,
+                "save_s": round(time.monotonic() - began, 4),
+                "time": time.time(),
+            }
+            with self._guard.owned():
+                before = self._entries().get(info.name)
+                if before is not None:
+                    # Between the two changes of name the file and its manifest must fit each other all the same.
+                    replaced = {key: value for key, value in before.manifest.items() if key != "replaces"}
+                    self._guard.write_json(manifest_path, {**content, "replaces": replaced})
+                draft.publish()
+                self._guard.write_json(manifest_path, content)
+                if parse_checkpoint_name(info.name) is not None:
+                    self._point_to(Entry(info, content))
+                    self._link_best()
+                    self._delete(self._retention.surplus(self.infos(), self._protected({info.name})))
+                else:
+                    self._link_best()
 
-    def _manifests_alone(self) -> list[str]:
-        """Return the names of manifests whose checkpoint is not there."""
-        names = set(os.listdir(self._layout.checkpoints))
-        files = {name: f"{name.removesuffix('.json')}.pt" for name in names if name.endswith(".json")}
-        return sorted(name for name, file in files.items() if parse_checkpoint_name(file) is not None and file not in names)
+    def _point_to(self, entry: Entry) -> None:
+        self._guard.write_json(self._layout.latest, {**entry.pointer, "generation": self._guard.generation})
 
-    def _problem(self, name: str, manifest: Mapping[str, Any]) -> str | None:
-        """Return what is wrong with a checkpoint's bytes, None if nothing is."""
-        path = self._layout.checkpoints / name
-        try:
-            size_bytes, digest = file_digest(path)
-        except OSError as error:
-            return f"{path} cannot be read ({error.strerror})"
-        if size_bytes != manifest.get("size_bytes"):
-            return f"{path} has {size_bytes} bytes, but {manifest.get('size_bytes')} were committed"
-        if digest != manifest.get("digest"):
-            return f"{path} is damaged: its digest is not the one that was committed"
-        return None
+    def _protected(self, names: Collection[str]) -> set[str]:
+        return {*names, *([] if self._source is None else [self._source])}
 
-    def _link_best(self, infos: list[CheckpointInfo]) -> None:
+    def _early_surplus(self, coming: CheckpointInfo) -> list[CheckpointInfo]:
+        """Return what will be surplus once `coming` is there: not the pointer's target, nor the best one so far."""
+        infos = [info for info in self.infos() if info.name != coming.name]
+        pointer = read_json(self._layout.latest) or {}
         best = self._retention.best(infos)[:1]
+        protected = self._protected({str(pointer.get("file")), coming.name, *(info.name for info in best)})
+        return self._retention.surplus([*infos, coming], protected)
+
+    def _make_room(self, coming: CheckpointInfo) -> None:
+        """Let what will be surplus go before the save, if there is no room for both.
+
+        Raises:
+            CheckpointSaveError: there is too little room all the same.
+        """
+        expected = int((read_json(self._layout.latest) or {}).get("size_bytes", 0)) + _MARGIN_BYTES
+        free = _free_bytes(self._layout.checkpoints)
+        if free >= expected:
+            return
+        with self._guard.owned():
+            self._delete(self._early_surplus(coming))
+        free = _free_bytes(self._layout.checkpoints)
+        if free < expected:
+            raise CheckpointSaveError(
+                f"{self._layout.checkpoints}: the disk is too full for {coming.name}: {free / 1e6:.1f} MB are free, the last one took "
+                f"{expected / 1e6:.1f} MB; the checkpoints before it are intact: free some space (older runs, checkpoint.keep_last), "
+                "then submit again"
+            )
+
+    def _move(self, names: Collection[str], folder: Path) -> None:
+        """Move checkpoints to another folder, with their manifests and those that an interrupted call has left alone."""
+        there = set(os.listdir(self._layout.checkpoints))
+        files = {name: f"{name.removesuffix('.json')}.pt" for name in there if name.endswith(".json")}
+        alone = sorted(name for name, file in files.items() if parse_checkpoint_name(file) is not None and file not in there)
+        moving = [part for name in names for part in (name, manifest_name(name))] + alone
+        if moving:
+            make_private_directory(folder, follow_symlink=False)
+            for name in moving:
+                os.rename(self._layout.checkpoints / name, free_name(folder / name))
+            sync_directory(folder)
+            sync_directory(self._layout.checkpoints)
+
+    def _link_best(self) -> None:
+        best = self._retention.best(entry.info for entry in self._entries().values())[:1]
         target = self._layout.best
         if not best:
             target.unlink(missing_ok=True)
@@ -305,55 +257,28 @@ class CheckpointStore:
         os.rename(temporary, target)
         sync_directory(self._layout.checkpoints)
 
-    def _delete(self, surplus: list[CheckpointInfo]) -> None:
+    def _delete(self, surplus: list[CheckpointInfo]) -> bool:
+        """Delete checkpoints that nobody is reading; returns whether any went. Those left are surplus again at the next save."""
+        went = False
         for info in surplus:
-            # The manifest first: a file without one is never trusted, a manifest without a file would be looked for.
-            for name in (manifest_name(info.name), info.name):
-                (self._layout.checkpoints / name).unlink(missing_ok=True)
+            path = self._layout.checkpoints / info.name
+            if is_being_read(path):
+                continue
+            # An interruption in between leaves a manifest alone, which counts for nothing and takes no room.
+            path.unlink(missing_ok=True)
+            (self._layout.checkpoints / manifest_name(info.name)).unlink(missing_ok=True)
+            went = True
+        return went
 
-    def refuse_if_fenced(self) -> None:
-        """Raise FencedError if a newer attempt has taken over."""
-        newest = read_json(self._layout.generation) or {}
-        if self._generation and newest.get("generation") != self._generation:
-            raise FencedError(
-                f"{self._layout.root}: attempt {self._generation} is not the newest any more: attempt {newest.get('generation')} "
-                f"(job {newest.get('job_id')} on {newest.get('host')}) took over; this one stops without touching anything"
-            )
-
-    @contextlib.contextmanager
-    def _owned(self) -> Iterator[None]:
-        """Hold the lock, as the newest attempt."""
-        with self._locked():
-            self.refuse_if_fenced()
-            yield
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        # No soft lock in place of flock: a dead host's would never be given back.
-        lock = FileLock(self._layout.lock, timeout=LOCK_TIMEOUT_S, mode=0o600, fallback_to_soft=False)
-        try:
-            lock.acquire()
-        except Timeout:
-            holder = read_json(self._layout.generation) or {}
-            raise RunDirectoryError(
-                f"{self._layout.lock}: another process held this lock for {LOCK_TIMEOUT_S:g} s; the last attempt was job "
-                f"{holder.get('job_id')} on {holder.get('host')}: end it if it hangs, then submit again"
-            ) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            raise RunDirectoryError(
-                f"{self._layout.lock}: cannot be locked ({error.strerror or error}); put run_dir on a file system that has flock (Lustre: "
-                "mounted with -o flock)"
-            ) from None
-        try:
-            yield
-        finally:
-            lock.release()
+    def _refuse_name(self, name: str) -> None:
+        if not name or name != os.path.basename(name) or self._layout.reserves(name):
+            raise UsageError(f"{name!r}: cannot be a checkpoint's name; give a plain file name such as before_finetuning.pt")
 
 
-def _known(what: str, numbers: list[int]) -> str:
-    return f"there are the {what} {', '.join(str(number) for number in sorted(set(numbers)))}" if numbers else f"there are no {what} yet"
+def _free_bytes(folder: Path) -> int:
+    status = os.statvfs(folder)
+    # What is reserved for root is free to root.
+    return status.f_frsize * (status.f_bfree if os.geteuid() == 0 else status.f_bavail)
 
 
 def free_name(path: Path) -> Path:

@@ -6,13 +6,15 @@ itself may be lost with the power.)
 """
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import io
 import json
 import os
 import secrets
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +23,6 @@ from hpcckpt.layout import TEMPORARY_PREFIX
 
 _JSON_LIMIT_BYTES = 16 * 1024 * 1024
 _READ_BYTES = 4 * 1024 * 1024
-_UNGUARDED = nullcontext()
 
 
 class DigestingFile(io.RawIOBase):
@@ -70,33 +71,51 @@ class DigestingFile(io.RawIOBase):
         return f"sha256:{self._hash.hexdigest()}"
 
 
-def make_private_directory(path: Path) -> None:
+def make_private_directory(path: Path, *, follow_symlink: bool = True) -> None:
     """Create a directory of mode 0700, parents included, or accept one that is ours.
 
     Raises:
-        RunDirectoryError: it cannot be made, is no directory, or belongs to somebody else.
+        RunDirectoryError: it cannot be made, is no directory, is a symlink that is not to be followed, or belongs to somebody else.
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = path.stat()
     except OSError as error:
         raise RunDirectoryError(f"{path}: cannot be made ({error.strerror}); choose another run_dir") from None
+    if not follow_symlink and path.is_symlink():
+        raise RunDirectoryError(f"{path}: is a symlink; set run_dir to a place where it can be a directory")
     if status.st_uid != os.geteuid():
         raise RunDirectoryError(f"{path}: belongs to user {status.st_uid}, not to you; choose another run_dir")
     if not os.access(path, os.W_OK | os.X_OK):
         raise RunDirectoryError(f"{path}: is not writable; choose another run_dir, or mend its mode")
 
 
-def write_durably(path: Path, write: Callable[[IO[bytes]], None], publishing: AbstractContextManager[None] = _UNGUARDED) -> tuple[int, str]:
-    """Let `write` fill a file that then appears at `path`, durable; returns (size in bytes, digest).
+@dataclass
+class Draft:
+    """A complete and durable file that has no name yet."""
 
-    The name changes inside of `publishing`, which may hold a lock for this instant, or refuse by raising.
+    path: Path
+    temporary: Path
+    size_bytes: int = 0
+    digest: str = ""
+    has_name: bool = False
+
+    def publish(self) -> None:
+        """Give it its name, durably."""
+        os.rename(self.temporary, self.path)
+        self.has_name = True
+        sync_directory(self.path.parent)
+
+
+@contextlib.contextmanager
+def drafted(path: Path, write: Callable[[IO[bytes]], None]) -> Iterator[Draft]:
+    """Let `write` fill a file beside `path`; it takes that name when it is published, and is gone when it is not.
 
     Raises:
         OSError: from the file system; `path` is as it was.
     """
-    temporary = path.parent / f"{TEMPORARY_PREFIX}{path.name}.{secrets.token_hex(4)}"
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    draft = Draft(path, path.parent / f"{TEMPORARY_PREFIX}{path.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(draft.temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         with DigestingFile(descriptor) as file:
             try:
@@ -105,14 +124,23 @@ def write_durably(path: Path, write: Callable[[IO[bytes]], None], publishing: Ab
                 if file.failure is not None:
                     raise file.failure
             os.fsync(descriptor)
-        with publishing:
-            os.rename(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    sync_directory(path.parent)
-    return file.size_bytes, file.digest
+        draft.size_bytes, draft.digest = file.size_bytes, file.digest
+        yield draft
+    finally:
+        if not draft.has_name:
+            with contextlib.suppress(OSError):
+                os.unlink(draft.temporary)
+
+
+def write_durably(path: Path, write: Callable[[IO[bytes]], None]) -> tuple[int, str]:
+    """Let `write` fill a file that then appears at `path`, durable; returns (size in bytes, digest).
+
+    Raises:
+        OSError: from the file system; `path` is as it was.
+    """
+    with drafted(path, write) as draft:
+        draft.publish()
+    return draft.size_bytes, draft.digest
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -151,19 +179,53 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[int]:
+    """Open a file and mark it as being read, for other processes' `is_being_read`; yields the descriptor.
+
+    Follows no symlink, and waits for no FIFO's writer. The mark is a shared flock: where there is none, there is no mark.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def is_being_read(path: Path) -> bool:
+    """Return whether any process is within `reading(path)`."""
+    try:
+        # For writing too: NFS has an exclusive lock on nothing less.
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno == errno.EWOULDBLOCK
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def file_digest(path: Path) -> tuple[int, str]:
-    """Return (size in bytes, digest) of a file; does not follow a symlink.
+    """Return (size in bytes, digest) of a file, which is marked as being read meanwhile; does not follow a symlink.
 
     Raises:
         OSError: it cannot be read.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)  # never waits for a FIFO's writer
     size, digest = 0, hashlib.sha256()
-    with open(descriptor, "rb", buffering=0) as file:
+    with reading(path) as descriptor:
         buffer = bytearray(_READ_BYTES)
-        while count := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-            size += count
+        with open(descriptor, "rb", buffering=0, closefd=False) as file:
+            while count := file.readinto(buffer):
+                digest.update(memoryview(buffer)[:count])
+                size += count
     return size, f"sha256:{digest.hexdigest()}"
 
 

@@ -23,8 +23,9 @@ def name_of(epoch):
 
 
 def files(layout):
-    """All files below checkpoints/ but the lock and the generation, with their content."""
-    paths = [path for path in layout.checkpoints.rglob("*") if path.is_file() and path not in (layout.lock, layout.generation)]
+    """All files below checkpoints/ but the locks and the generation, with their content."""
+    others = (layout.lock, layout.attempt_lock, layout.generation)
+    paths = [path for path in layout.checkpoints.rglob("*") if path.is_file() and path not in others]
     return {str(path.relative_to(layout.checkpoints)): path.read_bytes() for path in paths}
 
 

@@ -104,8 +104,8 @@ def test_the_names_come_in_the_order_of_the_guarantee(layout, monkeypatch):
         "rename latest.json",
         "link .tmp",
         "rename best_model.pt",
-        "unlink checkpoint_epoch0000.json",
         "unlink checkpoint_epoch0000.pt",
+        "unlink checkpoint_epoch0000.json",
     ]
 
 

@@ -9,7 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from hpcckpt.errors import CheckpointCorruptError, RunDirectoryError
 from hpcckpt.store import durable
-from hpcckpt.store.durable import file_digest, make_private_directory, read_json, write_bytes, write_durably, write_json
+from hpcckpt.store.durable import drafted, file_digest, make_private_directory, read_json, write_bytes, write_durably, write_json
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives a directory to another user")
 
@@ -129,15 +129,14 @@ def test_a_failed_write_that_the_writer_keeps_to_itself_is_found(tmp_path):
     assert names_in(tmp_path) == []
 
 
-def test_publishing_that_refuses_leaves_everything_as_it_was(tmp_path):
-    @contextmanager
-    def refuse():
-        raise PermissionError("not any more")
-        yield
-
+@pytest.mark.parametrize("refused", [False, True], ids=["not published", "refused"])
+def test_a_draft_that_gets_no_name_leaves_everything_as_it_was(tmp_path, refused):
     (tmp_path / "a").write_bytes(b"old")
-    with pytest.raises(PermissionError):
-        write_durably(tmp_path / "a", lambda file: file.write(b"new") and None, publishing=refuse())
+    with suppress(PermissionError), drafted(tmp_path / "a", lambda file: file.write(b"new") and None) as draft:
+        assert draft.temporary.read_bytes() == b"new"
+        assert (draft.size_bytes, draft.digest) == file_digest(draft.temporary)
+        if refused:
+            raise PermissionError("not any more")
     assert names_in(tmp_path) == ["a"]
     assert (tmp_path / "a").read_bytes() == b"old"
 

@@ -1,0 +1,181 @@
+"""What is in a checkpoints folder, and which of it is whole. Changes nothing: any process may look, at any time.
+
+Everything is read from disk each time. A checkpoint counts where it has a manifest; whether its bytes are those that were
+committed is asked of the digest, never of the name or of the pointer.
+"""
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpcckpt.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
+from hpcckpt.layout import RunLayout, manifest_name, parse_checkpoint_name
+from hpcckpt.policy import CheckpointInfo, Retention
+from hpcckpt.store.durable import file_digest, read_json
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A checkpoint by its manifest."""
+
+    info: CheckpointInfo
+    manifest: Mapping[str, Any]
+
+    @property
+    def pointer(self) -> dict[str, Any]:
+        """What latest.json says of it, but for the generation."""
+        return {key: self.manifest[key] for key in ("file", "size_bytes", "digest", "epoch", "step", "epoch_finished")}
+
+
+class CheckpointReader:
+    """The checkpoints of one folder, for looking at and looking up."""
+
+    def __init__(self, layout: RunLayout, retention: Retention) -> None:
+        self._layout = layout
+        self._retention = retention
+
+    def infos(self) -> list[CheckpointInfo]:
+        """Return every committed checkpoint, in order of training; those under names of the user's own are not among them."""
+        return sorted((entry.info for entry in self._rotation().values()), key=lambda info: info.order)
+
+    def newest_good(self, report: Callable[[str], None]) -> CheckpointInfo | None:
+        """Return the checkpoint the pointer names, or the newest one that verifies if that is damaged; None if there is none.
+
+        `report` is told of each damaged one.
+
+        Raises:
+            CheckpointCorruptError: there are checkpoints, and all are damaged.
+        """
+        return self._newest_good(report, [])
+
+    def find(self, *, epoch: int | None = None, step: int | None = None, best: bool = False) -> CheckpointInfo:
+        """Return the checkpoint of a finished epoch, of an optimizer step, or the best one; verified.
+
+        Raises:
+            CheckpointNotFoundError: there is none; the message lists those there are.
+            CheckpointCorruptError: it is damaged.
+        """
+        entries = self._entries()
+        infos = self.infos()
+        if best:
+            found, asked = self._retention.best(entry.info for entry in entries.values())[:1], "resume.from=best"
+            known = "no checkpoint here has the metric checkpoint.monitor, or was saved as the best one"
+        elif epoch is not None:
+            found, asked = [info for info in infos if info.epoch_finished and info.epoch == epoch], f"resume.epoch={epoch}"
+            known = _known("epochs", [info.epoch for info in infos if info.epoch_finished])
+        else:
+            found, asked = [info for info in infos if info.step == step][-1:], f"resume.step={step}"
+            known = _known("steps", [info.step for info in infos])
+        if not found:
+            raise CheckpointNotFoundError(f"{asked}: {self._layout.checkpoints} has no such checkpoint; {known}")
+        problem = self._problem(entries[found[0].name])
+        if problem is not None:
+            raise CheckpointCorruptError(f"{asked}: {problem}; choose another one; {known}")
+        return found[0]
+
+    def own(self, path: Path) -> CheckpointInfo | None:
+        """Return the checkpoint whose bytes `path` holds, where that is a file of this folder (best_model.pt, say); None elsewhere.
+
+        Raises:
+            CheckpointCorruptError: it is in this folder, but no checkpoint was committed with its bytes.
+        """
+        if path.parent.resolve() != self._layout.checkpoints.resolve():
+            return None
+        try:
+            _, digest = file_digest(path)
+        except OSError as error:
+            raise CheckpointCorruptError(f"{path} cannot be read ({error.strerror})") from None
+        found = next((entry.info for entry in self._entries().values() if entry.manifest.get("digest") == digest), None)
+        if found is None:
+            raise CheckpointCorruptError(f"{path} is damaged, or no checkpoint of this run: choose another one")
+        return found
+
+    def path(self, name: str) -> Path:
+        """Return the path of a checkpoint's file.
+
+        Raises:
+            CheckpointNotFoundError: `name` is no checkpoint's name, so it must not be looked up.
+        """
+        if parse_checkpoint_name(name) is None and name not in self._entries():
+            raise CheckpointNotFoundError(f"{name!r} is not the name of a checkpoint")
+        return self._layout.checkpoints / name
+
+    def _newest_good(self, report: Callable[[str], None], damaged: list[str]) -> CheckpointInfo | None:
+        """As `newest_good`; the names of those passed over are appended to `damaged`."""
+        entries = self._rotation()
+        try:
+            pointer = read_json(self._layout.latest)
+            pointed = None if pointer is None else str(pointer.get("file"))
+        except CheckpointCorruptError as error:
+            report(str(error))
+            pointed = None
+        if not entries and not os.path.lexists(self._layout.latest):
+            return None
+        if pointed is not None and pointed not in entries:
+            report(f"{self._layout.latest} names {pointed!r}, which is not there, or has no intact manifest")
+        newest_first = sorted(entries, key=lambda name: entries[name].info.order, reverse=True)
+        # A file newer than the pointer was never acknowledged; it comes after the one that was, or serves if that is bad.
+        for name in sorted(newest_first, key=lambda name: name != pointed):
+            problem = self._problem(entries[name])
+            if problem is None:
+                return entries[name].info
+            report(problem)
+            damaged.append(name)
+        raise CheckpointCorruptError(
+            f"{self._layout.checkpoints}: no checkpoint here is intact; submit with resume.from=none to begin anew "
+            "(what is there moves to superseded/), or with resume.from=PATH"
+        )
+
+    def _rotation(self) -> dict[str, Entry]:
+        """Return the entries under names that hpcckpt gives: those that may be the newest, and that retention counts."""
+        return {name: entry for name, entry in self._entries().items() if parse_checkpoint_name(name) is not None}
+
+    def _entries(self) -> dict[str, Entry]:
+        """Return every checkpoint that has an intact manifest, by name."""
+        try:
+            names = set(os.listdir(self._layout.checkpoints))
+        except FileNotFoundError:
+            return {}
+        return {entry.info.name: entry for name in sorted(names) for entry in self._entry(name, names)}
+
+    def _entry(self, name: str, names: set[str]) -> Iterator[Entry]:
+        if manifest_name(name) not in names:
+            return
+        with contextlib.suppress(CheckpointError, ValueError, TypeError, AttributeError, KeyError):
+            manifest = read_json(self._layout.checkpoints / manifest_name(name)) or {}
+            replaced = manifest.get("replaces")
+            # An interrupted save over a file of the same name: the bytes say which of the two manifests is theirs.
+            if replaced is not None and self._problem_of(name, manifest) is not None:
+                manifest = replaced
+            if manifest["file"] != name:
+                return
+            metrics = {str(key): float(value) for key, value in manifest["metrics"].items()}
+            step, epoch = int(manifest["step"]), int(manifest["epoch"])
+            finished, is_best = bool(manifest["epoch_finished"]), bool(manifest.get("is_best", False))
+            if not math.isfinite(int(manifest["size_bytes"])) or not isinstance(manifest["digest"], str):
+                return
+            yield Entry(CheckpointInfo(name, epoch, step, finished, metrics, is_best), manifest)
+
+    def _problem(self, entry: Entry) -> str | None:
+        """Return what is wrong with a checkpoint's bytes, None if nothing is."""
+        return self._problem_of(entry.info.name, entry.manifest)
+
+    def _problem_of(self, name: str, manifest: Mapping[str, Any]) -> str | None:
+        path = self._layout.checkpoints / name
+        try:
+            size_bytes, digest = file_digest(path)
+        except OSError as error:
+            return f"{path} cannot be read ({error.strerror})"
+        if size_bytes != manifest.get("size_bytes"):
+            return f"{path} has {size_bytes} bytes, but {manifest.get('size_bytes')} were committed"
+        if digest != manifest.get("digest"):
+            return f"{path} is damaged: its digest is not the one that was committed"
+        return None
+
+
+def _known(what: str, numbers: list[int]) -> str:
+    return f"there are the {what} {', '.join(str(number) for number in sorted(set(numbers)))}" if numbers else f"there are no {what} yet"
