@@ -6,21 +6,25 @@ attempt) is raised on every rank.
 
 import platform
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hpcckpt.distributed import Ranks
-from hpcckpt.errors import CheckpointCorruptError, CheckpointMismatchError
+from hpcckpt.distributed import Collectives, Ranks
+from hpcckpt.errors import CheckpointMismatchError
 from hpcckpt.layout import RunLayout
+from hpcckpt.reading import read_content
+from hpcckpt.state.foreign import fit_names, model_state_in, renamed
 from hpcckpt.state.rng import derive_seed, rng_state, seed_all, set_rng_state
 from hpcckpt.state.tracked import FORMAT_VERSION, Tracked
 from hpcckpt.store import resume
 from hpcckpt.store.checkpoints import CheckpointStore
+from hpcckpt.store.durable import reading
 from hpcckpt.store.ledger import Ledger
 
 
@@ -35,6 +39,74 @@ class Position:
     def __str__(self) -> str:
         """Return it in words."""
         return f"{'the end of epoch' if self.epoch_finished else 'epoch'} {self.epoch}, step {self.step}"
+
+
+def collected(ranks: Collectives, tracked: Tracked, boundary: Mapping[str, Any] | None = None) -> Callable[[], dict[str, Any]]:
+    """Return what gives rank 0 the state of all objects, after gathering what is spread over ranks. Every rank must call it."""
+    if not tracked.has_sharded():
+        return lambda: tracked.state(boundary)
+    state = ranks.together(lambda: tracked.state(boundary, is_main=ranks.is_main))
+    return lambda: state
+
+
+def commit(
+    store: CheckpointStore,
+    position: Position,
+    state: dict[str, Any],
+    *,
+    metrics: dict[str, float],
+    wrapper: str,
+    generators: list[dict[str, Any]],
+    data_state: dict[str, Any],
+    name: str | None = None,
+    is_best: bool = False,
+) -> Path:
+    """Write one checkpoint file (docs/reference/format.md) and its manifest; returns its path. Rank 0 alone.
+
+    Args:
+        store: where it goes.
+        position: what it is the state of.
+        state: `Tracked.state`.
+        metrics: of its epoch.
+        wrapper: `Tracked.wrapper`.
+        generators: `rng_state` of each rank.
+        data_state: the position in each loader.
+        name: of the user's own, as `CheckpointStore.commit` takes it.
+        is_best: recorded in the manifest.
+
+    Raises:
+        CheckpointSaveError, FencedError, UsageError: as `CheckpointStore.commit`.
+    """
+    content: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "epoch": position.epoch,
+        "step": position.step,
+        **state,
+        "metrics": metrics,
+        "world_size": len(generators),
+        "saved_with_wrapper": wrapper,
+        "rng_state": generators,
+        "data_state": {"epoch_finished": position.epoch_finished, **data_state},
+    }
+    manifest: dict[str, Any] = {
+        "metrics": metrics,
+        "world_size": len(generators),
+        "saved_with_wrapper": wrapper,
+        "versions": {
+            "hpcckpt": metadata.version("hpcckpt"),
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
+        **({"is_best": True} if is_best else {}),
+    }
+    return store.commit(
+        position.epoch,
+        position.step,
+        epoch_finished=position.epoch_finished,
+        write=lambda file: torch.save(content, file),
+        manifest=manifest,
+        name=name,
+    )
 
 
 @dataclass(frozen=True)
@@ -98,7 +170,8 @@ class Checkpointer:
             return
         generators = self._ranks.gather(rng_state() if boundary is None else boundary.rng)
         earlier = None if boundary is None else boundary.tracked
-        self._ranks.from_main(lambda: self._commit(position, metrics, data_state, reason, earlier, generators))
+        state = collected(self._ranks, self._tracked, earlier)
+        self._ranks.from_main(lambda: self._commit(position, state(), metrics, data_state, reason, generators))
         self._newest = position
 
     def restore(self) -> Restored:
@@ -113,87 +186,70 @@ class Checkpointer:
         if chosen is None:
             seed = derive_seed(self._seed, "rank", self._ranks.rank)
             return Restored(put_back=lambda: seed_all(seed))
-        path, weights_only = Path(chosen[0]), chosen[1]
-        return self._ranks.together(lambda: self._load(path, weights_only=weights_only))
+        path, weights_only, strict = Path(chosen[0]), chosen[1], chosen[2]
+        return self._ranks.together(lambda: self._load(path, weights_only=weights_only, strict=strict))
 
     def _commit(
         self,
         position: Position,
+        state: dict[str, Any],
         metrics: dict[str, float],
         data_state: dict[str, Any],
         reason: str,
-        earlier: dict[str, Any] | None,
         generators: list[dict[str, Any]],
     ) -> None:
         began = time.monotonic()
-        content: dict[str, Any] = {
-            "format_version": FORMAT_VERSION,
-            "epoch": position.epoch,
-            "step": position.step,
-            **self._tracked.state(earlier),
-            "metrics": metrics,
-            "world_size": self._ranks.world_size,
-            "saved_with_wrapper": self._tracked.wrapper(),
-            "rng_state": generators,
-            "data_state": {"epoch_finished": position.epoch_finished, **data_state},
-        }
-        versions = {
-            "hpcckpt": metadata.version("hpcckpt"),
-            "torch": str(torch.__version__),
-            "python": platform.python_version(),
-        }
-        path = self._store.commit(
-            position.epoch,
-            position.step,
-            epoch_finished=position.epoch_finished,
-            write=lambda file: torch.save(content, file),
-            manifest={
-                "metrics": metrics,
-                "world_size": self._ranks.world_size,
-                "saved_with_wrapper": content["saved_with_wrapper"],
-                "versions": versions,
-            },
+        path = commit(
+            self._store, position, state, metrics=metrics, wrapper=self._tracked.wrapper(), generators=generators, data_state=data_state
         )
         self._ledger.append(
             "saved", file=path.name, epoch=position.epoch, step=position.step, reason=reason, save_s=round(time.monotonic() - began, 4)
         )
 
-    def _choose(self) -> tuple[str, bool] | None:
+    def _choose(self) -> tuple[str, bool, bool] | None:
+        """Return (file, whether its weights only, whether all of them have to fit) to begin with. Rank 0."""
         request = resume.apply(self._layout, self._store)
-        newest = self._store.newest_good(lambda problem: self._ledger.append("damaged", problem=problem))
+        newest = self._store.recover(lambda problem: self._ledger.append("damaged", problem=problem))
         if newest is not None:
-            return str(self._store.path(newest.name)), False
+            return str(self._store.path(newest.name)), False, True
         if request is not None and request["origin"] is not None:
-            return request["origin"], bool(request["weights_only"])
+            return request["origin"], bool(request["weights_only"]), bool(request.get("strict", True))
         return None
 
-    def _load(self, path: Path, *, weights_only: bool) -> Restored:
-        try:
-            # Onto the CPU whatever it was saved from: each object moves its state to its own device.
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises many kinds for bytes it cannot read
-            raise CheckpointCorruptError(f"{path}: torch.load cannot read it ({type(error).__name__}: {error})") from error
-        if not isinstance(content, dict) or "format_version" not in content:
-            raise CheckpointMismatchError(f"{path}: is no checkpoint of hpcckpt (it has no format_version)")
-        if content["format_version"] > FORMAT_VERSION:
-            raise CheckpointMismatchError(
-                f"{path}: was written in format {content['format_version']}, this version reads up to {FORMAT_VERSION}; upgrade hpcckpt"
-            )
-        self._tracked.load(content, weights_only=weights_only)
+    def _load(self, path: Path, *, weights_only: bool, strict: bool) -> Restored:
+        own = path.parent == self._layout.checkpoints
+        # Marked as being read: no process deletes it meanwhile.
+        with reading(path) if own else nullcontext():
+            content = read_content(path, follow_symlinks=not own)
         if weights_only:
+            notes = self._tracked.load_weights(self._weights(content), strict=strict)
             seed = derive_seed(self._seed, "rank", self._ranks.rank)
-            return Restored(path=path, put_back=lambda: seed_all(seed), notes=("weights only: a new run begins from them",))
-        position = Position(content["epoch"], content["step"], content["data_state"]["epoch_finished"])
-        if path.parent == self._layout.checkpoints:
-            self._newest = position
-        data_state, small = content["data_state"], self._tracked.small_state()
+            return Restored(path=path, put_back=lambda: seed_all(seed), notes=("weights only: a new run begins from them", *notes))
+        place = _place_in(content, path)
+        self._tracked.load(content)
+        if own:
+            self._newest = place.position
+        small = self._tracked.small_state()
         apply_rng, notes = self._generators(content)
 
         def put_back() -> None:
             self._tracked.put_back(small)
             apply_rng()
 
-        return Restored(position, path, content["metrics"], data_state["loaders"], data_state["last_loader"], put_back, notes)
+        return replace(place, put_back=put_back, notes=notes)
+
+    def _weights(self, content: Any) -> dict[str, Mapping[str, Any]]:
+        """Return the state of each tracked module that a file has: one of a run, or of any other program."""
+        names = self._tracked.module_names()
+        if isinstance(content, dict) and "format_version" in content:
+            return {name: content[f"{name}_state_dict"] for name in names if f"{name}_state_dict" in content}
+        target = "model" if "model" in names else next(iter(names), None)
+        if target is None or ("model" not in names and len(names) > 1):
+            raise CheckpointMismatchError(
+                f"the file holds one model and the run tracks {', '.join(names) or 'none'}: track the one that it is for as `model`"
+            )
+        state = model_state_in(content)
+        return {target: renamed(state, fit_names(state, set(names[target])))}
 
     def _generators(self, content: dict[str, Any]) -> tuple[Callable[[], None], tuple[str, ...]]:
         saved = content["rng_state"]
@@ -205,3 +261,29 @@ class Checkpointer:
             "generators are seeded anew and the result is no longer bit-exact"
         )
         return lambda: seed_all(seed), (note,)
+
+
+def _place_in(content: Any, path: Path) -> Restored:
+    """Return the place in training that a run's checkpoint holds.
+
+    Raises:
+        CheckpointMismatchError: it is none of a run, or of a later format.
+    """
+    weights = "its weights can be had with resume.weights_only=true"
+    if not isinstance(content, dict) or not isinstance(content.get("format_version"), int):
+        raise CheckpointMismatchError(f"{path}: is no checkpoint of hpcckpt (it has no format_version); {weights}")
+    if content["format_version"] > FORMAT_VERSION:
+        raise CheckpointMismatchError(
+            f"{path}: was written in format {content['format_version']}, this version reads up to {FORMAT_VERSION}; upgrade hpcckpt"
+        )
+    missing = [key for key in ("epoch", "step", "metrics", "rng_state", "data_state") if key not in content]
+    if missing:
+        raise CheckpointMismatchError(f"{path}: is no place in training, it lacks {', '.join(missing)}; {weights}")
+    data_state = content["data_state"]
+    try:
+        position = Position(int(content["epoch"]), int(content["step"]), bool(data_state["epoch_finished"]))
+        return Restored(position, path, dict(content["metrics"]), dict(data_state["loaders"]), data_state["last_loader"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointMismatchError(
+            f"{path}: its place in training cannot be read ({type(error).__name__}: {error}); {weights}"
+        ) from None

@@ -26,12 +26,13 @@ from hpcckpt.config import RunConfig
 from hpcckpt.data import Cursor, Loops, make_loader
 from hpcckpt.distributed import Agreement, Ranks, choose_device, fix_bucket_order
 from hpcckpt.environment import TaskEnvironment
-from hpcckpt.errors import UsageError
+from hpcckpt.errors import ConfigError, UsageError
 from hpcckpt.layout import RunLayout
 from hpcckpt.progress import INTERVAL_S, Progress
 from hpcckpt.signals import SignalLatch, children_protected
 from hpcckpt.state.rng import seed_all
 from hpcckpt.state.tracked import Tracked
+from hpcckpt.store import resume
 from hpcckpt.store.checkpoints import CheckpointStore
 from hpcckpt.store.durable import make_private_directory
 from hpcckpt.store.ledger import Ledger
@@ -110,7 +111,14 @@ class Run:
         layout = RunLayout(Path(run_dir).absolute())
         text = layout.config.read_text(encoding="utf-8") if layout.config.is_file() else "entrypoint: __main__:main"
         merged = configuration.parse(text, list(overrides), where=str(layout.config), default_name=layout.root.name)
-        return cls(layout, configuration.resolve(merged), TaskEnvironment.from_environ(os.environ))
+        config = configuration.resolve(merged)
+        if not resume.is_default(config.resume):
+            # Read again at each start, it would be obeyed again at each.
+            raise ConfigError(
+                f"{layout.config}: resume.* is carried out once, by `python -m hpcckpt.submit`; a script of one's own goes on from the "
+                "newest checkpoint"
+            )
+        return cls(layout, config, TaskEnvironment.from_environ(os.environ))
 
     def track(self, **objects: Any) -> None:
         """Have objects saved and restored under these names: models, optimizers, schedulers, anything with
@@ -252,6 +260,7 @@ class Run:
         if self.is_main:  # behind the barrier: now all ranks are through
             self._metrics_file.flush()
             self._ledger.append("finished" if self._finished else "left", epoch=self._epoch, step=self._step)
+            self._store.release()
         self._restore_signals()
 
     def __enter__(self) -> Self:

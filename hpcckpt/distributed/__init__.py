@@ -1,7 +1,20 @@
-"""Process group, rendezvous and agreement. Sole owner of `torch.distributed`."""
+"""Process group, rendezvous, agreement and sharded tensors. Sole owner of `torch.distributed`."""
 
 from hpcckpt.distributed.agreement import Agreement, Wish
 from hpcckpt.distributed.ddp import fix_bucket_order
-from hpcckpt.distributed.ranks import Ranks, choose_device
+from hpcckpt.distributed.ranks import Collectives, Ranks, choose_device
+from hpcckpt.distributed.sharded import full_state, holds_shards, is_sharded, local_state, shard_like
 
-__all__ = ["Agreement", "Ranks", "Wish", "choose_device", "fix_bucket_order"]
+__all__ = [
+    "Agreement",
+    "Collectives",
+    "Ranks",
+    "Wish",
+    "choose_device",
+    "fix_bucket_order",
+    "full_state",
+    "holds_shards",
+    "is_sharded",
+    "local_state",
+    "shard_like",
+]

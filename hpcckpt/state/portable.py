@@ -18,29 +18,31 @@ _PLAIN: dict[type, Callable[[Any], Any]] = {int: int.__int__, float: float.__flo
 _INT_BITS = 2032
 
 
-def portable(value: Any, where: str) -> Any:
+def portable(value: Any, where: str, *, meta: bool = False) -> Any:
     """Return `value` with plain containers and primitives; tensors are passed on as they are.
 
     Subclasses of float, int, str and bytes (NumPy's float64 among them) become the plain type, and so do mappings but for
     Counter, whose methods MultiStepLR calls after it was loaded.
 
     Raises:
-        CheckpointSaveError: something else is in it; names its place and type.
+        CheckpointSaveError: something else is in it, or a tensor without content unless `meta` allows it; names its place.
     """
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, torch.Tensor) and type(detached := value.detach()) is torch.Tensor:  # weights_only reads no subclasses
+        if detached.is_meta and not meta:
+            raise CheckpointSaveError(f"{where} is on the meta device, which holds no values: give it memory (to_empty) and values before")
         return detached
     for kind, plain in _PLAIN.items():
         if isinstance(value, kind):
             return _readable(plain(value), where)
     if isinstance(value, Mapping):
-        items = {_key(key, where): portable(item, f"{where}.{key}") for key, item in value.items()}
+        items = {_key(key, where): portable(item, f"{where}.{key}", meta=meta) for key, item in value.items()}
         return Counter(items) if isinstance(value, Counter) else items
     if isinstance(value, tuple):
-        return tuple(portable(item, f"{where}[{index}]") for index, item in enumerate(value))
+        return tuple(portable(item, f"{where}[{index}]", meta=meta) for index, item in enumerate(value))
     if isinstance(value, list):
-        return [portable(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        return [portable(item, f"{where}[{index}]", meta=meta) for index, item in enumerate(value)]
     item = getattr(value, "item", None)
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0 and item is not None:
         return item()

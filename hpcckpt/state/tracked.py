@@ -1,19 +1,23 @@
 """The objects a run saves and restores, by name."""
 
+import contextlib
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from hpcckpt.errors import CheckpointMismatchError, UsageError
-from hpcckpt.state.model import load_model_state, model_state, wrapper_name
+from hpcckpt.distributed import is_sharded, local_state
+from hpcckpt.errors import CheckpointMismatchError, CheckpointSaveError, HpcckptError, UsageError
+from hpcckpt.state.model import LoadReport, load_model_state, model_state, parameter_names, portable_names, wrapper_name
+from hpcckpt.state.optimizer import is_sharded_optimizer, load_optimizer_state, optimizer_state
 from hpcckpt.state.portable import portable
 
 # Bookkeeping keys of a checkpoint file; every other key is `<tracked name>_state_dict`.
 FORMAT_VERSION = 1
 _SUFFIX = "_state_dict"
-_GROUPS = "param_groups"
+_GROUPS, _PARAMS, _NAMES = "param_groups", "params", "param_names"
+_PARAMETERS = frozenset({_PARAMS, _NAMES})
 
 
 @runtime_checkable
@@ -30,7 +34,7 @@ class Stateful(Protocol):
 
 
 class Tracked:
-    """A registry of named objects. The same names on every rank."""
+    """A registry of named objects. The same names, in the same order, on every rank."""
 
     def __init__(self) -> None:
         self._objects: dict[str, Stateful] = {}
@@ -39,7 +43,8 @@ class Tracked:
         """Register an object.
 
         Raises:
-            UsageError: it has no state_dict and load_state_dict, or the name is taken.
+            UsageError: it has no state_dict and load_state_dict, or they do not work, or the name is taken.
+            CheckpointSaveError: its state holds what a file cannot.
         """
         if not isinstance(value, Stateful):
             raise UsageError(
@@ -48,7 +53,16 @@ class Tracked:
             )
         if name in self._objects:
             raise UsageError(f"run.track({name}=…): {name} is tracked already; choose another name")
-        self._one(name, value)  # what cannot be saved must be found now, not at the first checkpoint
+        # What cannot be saved must be found now, not at the first checkpoint. Weights may come with the restore.
+        try:
+            names = portable_names(value) if isinstance(value, torch.nn.Module) else {}
+            state: Any = value.state_dict()
+        except HpcckptError as error:
+            raise type(error)(f"run.track({name}=…): {error}") from error
+        except Exception as error:
+            raise UsageError(f"run.track({name}=…): {_unreadable(value, error)}") from error
+        state = local_state(state)
+        portable({names.get(key, key): item for key, item in state.items()} if names else state, name, meta=True)
         self._objects[name] = value
 
     def __bool__(self) -> bool:
@@ -56,7 +70,15 @@ class Tracked:
 
     def modules(self) -> list[torch.nn.Module]:
         """Return the tracked modules."""
-        return [value for value in self._objects.values() if isinstance(value, torch.nn.Module)]
+        return list(self._modules().values())
+
+    def module_names(self) -> dict[str, list[str]]:
+        """Return, for each tracked module, the portable names of its state."""
+        return {name: list(portable_names(module).values()) for name, module in self._modules().items()}
+
+    def has_sharded(self) -> bool:
+        """Return whether any tracked module or optimizer has parameters that are spread over ranks."""
+        return any(_is_sharded(value) for value in self._objects.values())
 
     def wrapper(self) -> str:
         """Return what the model, or the first module, is wrapped in."""
@@ -64,16 +86,29 @@ class Tracked:
         modules = [model] if isinstance(model, torch.nn.Module) else self.modules()
         return wrapper_name(modules[0]) if modules else "none"
 
-    def state(self, boundary: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return the state of every object under its key in the file; tensors share memory with the objects.
+    def state(self, boundary: Mapping[str, Any] | None = None, *, is_main: bool = True) -> dict[str, Any]:
+        """Return the state of every object under its key in the file; {} where `is_main` is false.
 
-        What `boundary` holds, from an earlier `small_state`, takes the place of what has changed since.
+        Every rank must call it where `has_sharded` is true: what is sharded is gathered onto rank 0's CPU. All other tensors
+        share memory with the objects. What `boundary` holds, from an earlier `small_state`, takes the place of what has
+        changed since.
+
+        Raises:
+            CheckpointSaveError: an object did not give its state, or one that a file cannot hold; names the object.
         """
-        state = {f"{name}{_SUFFIX}": self._one(name, value) for name, value in self._objects.items()}
+        names = self._parameter_names()
+        # All that is gathered first: an error in what rank 0 does alone must not keep the others waiting.
+        gathered = {name: _state_of(name, value, names, keep=is_main) for name, value in self._objects.items() if _is_sharded(value)}
+        if not is_main:
+            return {}
+        state = {}
+        for name, value in self._objects.items():
+            content = gathered[name] if name in gathered else _state_of(name, value, names)
+            state[f"{name}{_SUFFIX}"] = portable(content, name)
         for key, earlier in (boundary or {}).items():
             # Of an optimizer the boundary holds a part, of everything else in it the whole.
-            partial = isinstance(self._objects[key.removesuffix(_SUFFIX)], torch.optim.Optimizer)
-            state[key] = {**state[key], **earlier} if partial else earlier
+            is_part = isinstance(self._objects[key.removesuffix(_SUFFIX)], torch.optim.Optimizer)
+            state[key] = _with_hyperparameters(state[key], earlier) if is_part else earlier
         return state
 
     def small_state(self) -> dict[str, Any]:
@@ -83,9 +118,9 @@ class Tracked:
         small: dict[str, Any] = {}
         for name, value in self._objects.items():
             if isinstance(value, torch.optim.Optimizer):
-                small[f"{name}{_SUFFIX}"] = {_GROUPS: portable(value.state_dict()[_GROUPS], name)}
+                small[f"{name}{_SUFFIX}"] = {_GROUPS: portable(_read(name, value)[_GROUPS], name)}
             elif not isinstance(value, torch.nn.Module):
-                small[f"{name}{_SUFFIX}"] = self._one(name, value)
+                small[f"{name}{_SUFFIX}"] = portable(_read(name, value), name)
         return copy.deepcopy(small)
 
     def put_back(self, small: Mapping[str, Any]) -> None:
@@ -94,41 +129,145 @@ class Tracked:
             value = self._objects[key.removesuffix(_SUFFIX)]
             if isinstance(value, torch.optim.Optimizer):
                 for group, saved in zip(value.param_groups, earlier[_GROUPS], strict=True):
-                    group.update({name: hyper for name, hyper in saved.items() if name != "params"})
+                    group.update({name: hyper for name, hyper in saved.items() if name not in _PARAMETERS})
             else:
                 value.load_state_dict(earlier)
 
     def load(self, state: Mapping[str, Any], *, weights_only: bool = False) -> None:
-        """Restore every object, or the modules alone.
+        """Restore every object, or the modules alone. Every rank must call it with the same state; there is no collective.
+
+        No object shares memory with `state` afterwards, which may be a file mapped into memory.
 
         Raises:
             CheckpointMismatchError: an object's state is missing or does not fit; names the object.
         """
-        for name, value in self._objects.items():
-            is_module = isinstance(value, torch.nn.Module)
-            if weights_only and not is_module:
-                continue
-            saved = state.get(f"{name}{_SUFFIX}")
-            if saved is None:
+        modules = self._modules()
+        wanted = modules if weights_only else self._objects
+        for name in wanted:
+            if f"{name}{_SUFFIX}" not in state:
                 known = ", ".join(key.removesuffix(_SUFFIX) for key in state if key.endswith(_SUFFIX))
                 raise CheckpointMismatchError(
                     f"the checkpoint has no state for {name!r}; it has {known}: track under the names it was saved with"
                 )
-            try:
-                if isinstance(value, torch.nn.Module):
-                    load_model_state(value, saved)
-                else:
-                    value.load_state_dict(saved)
-            except CheckpointMismatchError as error:
-                raise CheckpointMismatchError(f"{name}: {error}") from None
-            except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-                raise CheckpointMismatchError(
-                    f"{name}: a {type(value).__name__} did not take its saved state ({type(error).__name__}: {error}); was it "
-                    "built differently when it was saved?"
-                ) from error
+        # Modules first: an optimizer's state goes to the devices on which its parameters are then.
+        for name, module in modules.items():
+            _load_module(name, module, state[f"{name}{_SUFFIX}"])
+        names = {} if weights_only else self._parameter_names()
+        for name in wanted:
+            if name not in modules:
+                _load_other(name, self._objects[name], state[f"{name}{_SUFFIX}"], names)
 
-    @staticmethod
-    def _one(name: str, value: Stateful) -> dict[str, Any]:
-        state = model_state(value) if isinstance(value, torch.nn.Module) else value.state_dict()
-        plain: dict[str, Any] = portable(state, name)
-        return plain
+    def load_weights(self, states: Mapping[str, Mapping[str, Any]], *, strict: bool) -> tuple[str, ...]:
+        """Load modules alone, from any origin, converted to their own dtypes; return what is worth a note.
+
+        Every rank must call it with the same states; there is no collective.
+
+        Args:
+            states: name of a tracked module -> state under that module's portable names.
+            strict: refuse what does not fit in full; else load what fits and note the rest.
+
+        Raises:
+            CheckpointMismatchError: a module is not in `states` or does not fit, and `strict` is true; names the module. Or no
+                tensor at all fits.
+        """
+        modules, notes, loaded = self._modules(), [], 0
+        for name in modules:
+            if name not in states:
+                notes.append(f"{name}: nothing to load, it keeps its own weights; there is {', '.join(states) or 'nothing'}")
+                if strict:
+                    raise CheckpointMismatchError(f"no weights for {name!r}; there are those of {', '.join(states) or 'nothing'}")
+        for name, content in states.items():
+            if name not in modules:
+                notes.append(f"{name}: is no tracked module, its weights are left out")
+                continue
+            report = _load_module(name, modules[name], content, strict=strict, cast=True)
+            loaded += len(report.loaded)
+            if report.cast or report.on_meta or not report.is_complete:
+                notes.append(f"{name}: {report}")
+        if modules and not loaded and any(portable_names(module) for module in modules.values()):
+            raise CheckpointMismatchError(f"not one tensor of the tracked modules is there: {'; '.join(notes)}")
+        return tuple(notes)
+
+    def _modules(self) -> dict[str, torch.nn.Module]:
+        return {name: value for name, value in self._objects.items() if isinstance(value, torch.nn.Module)}
+
+    def _parameter_names(self) -> dict[int, str]:
+        """Return the name of every tracked parameter by its id: as of now, since modules may be wrapped after they were tracked."""
+        if not any(isinstance(value, torch.optim.Optimizer) for value in self._objects.values()):
+            return {}
+        names: dict[int, str] = {}
+        for name, module in sorted(self._modules().items(), key=lambda item: item[0] != "model"):
+            prefix = "" if name == "model" else f"{name}."
+            for key, parameter in parameter_names(module).items():
+                names.setdefault(key, f"{prefix}{parameter}")
+        return names
+
+
+def _is_sharded(value: Stateful) -> bool:
+    if isinstance(value, torch.nn.Module):
+        return is_sharded(value)
+    return isinstance(value, torch.optim.Optimizer) and is_sharded_optimizer(value)
+
+
+def _unreadable(value: object, error: Exception) -> str:
+    return (
+        f"a {type(value).__name__} did not give its state ({type(error).__name__}: {error}); its state_dict() has to work on every "
+        "rank, at any time and without the other ranks: track something else in its place"
+    )
+
+
+def _read(name: str, value: Stateful) -> Mapping[str, Any]:
+    try:
+        return value.state_dict()
+    except Exception as error:
+        raise CheckpointSaveError(f"{name}: {_unreadable(value, error)}") from error
+
+
+def _state_of(name: str, value: Stateful, names: Mapping[int, str], *, keep: bool = True) -> Mapping[str, Any]:
+    try:
+        if isinstance(value, torch.nn.Module):
+            return model_state(value, keep=keep)
+        if isinstance(value, torch.optim.Optimizer):
+            return optimizer_state(value, names, keep=keep)
+        return value.state_dict()
+    except HpcckptError as error:
+        raise CheckpointSaveError(f"{name}: {error}") from error
+    except Exception as error:
+        raise CheckpointSaveError(f"{name}: {_unreadable(value, error)}") from error
+
+
+def _with_hyperparameters(state: Mapping[str, Any], earlier: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an optimizer's state with earlier hyperparameters, and with the names of the parameters that they are of."""
+    groups = []
+    for index, group in enumerate(earlier[_GROUPS]):
+        names = state[_GROUPS][index].get(_NAMES) if index < len(state[_GROUPS]) else None
+        hypers = {key: value for key, value in group.items() if key != _NAMES}
+        groups.append({**hypers, _NAMES: names[: len(group[_PARAMS])]} if names is not None else hypers)
+    return {**state, **earlier, _GROUPS: groups}
+
+
+def _load_module(name: str, module: torch.nn.Module, saved: Mapping[str, Any], *, strict: bool = True, cast: bool = False) -> LoadReport:
+    with _naming(name, module):
+        return load_model_state(module, saved, strict=strict, cast=cast)
+
+
+def _load_other(name: str, value: Stateful, saved: Any, names: Mapping[int, str]) -> None:
+    with _naming(name, value):
+        if isinstance(value, torch.optim.Optimizer):
+            load_optimizer_state(value, saved, names)
+        else:
+            value.load_state_dict(copy.deepcopy(saved))
+
+
+@contextlib.contextmanager
+def _naming(name: str, value: object) -> Iterator[None]:
+    """Have errors name the object whose state does not fit."""
+    try:
+        yield
+    except HpcckptError as error:
+        raise CheckpointMismatchError(f"{name}: {error}") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointMismatchError(
+            f"{name}: a {type(value).__name__} did not take its saved state ({type(error).__name__}: {error}); was it "
+            "built differently when it was saved?"
+        ) from error

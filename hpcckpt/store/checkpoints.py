@@ -124,9 +124,9 @@ class CheckpointStore(CheckpointReader):
             self._source = newest.name
         if problems and newest is not None:
             with self._guard.owned():
-                # The pointer first: an interruption leaves files that are found to be damaged again.
-                self._point_to(self._rotation()[newest.name])
+                # The pointer last: as long as it names what is damaged, or gone, an interrupted call is finished by the next.
                 self._move(damaged, self._layout.damaged)
+                self._point_to(self._rotation()[newest.name])
                 self._link_best()
         return newest
 

@@ -94,6 +94,26 @@ class CheckpointReader:
             raise CheckpointCorruptError(f"{path} is damaged, or no checkpoint of this run: choose another one")
         return found
 
+    def verify(self, path: Path) -> None:
+        """Compare a file of this folder with its manifest; one that has none, or is elsewhere, cannot be told good from bad.
+
+        Raises:
+            CheckpointCorruptError: its bytes are not those that were committed.
+        """
+        entries = self._entries()
+        if path.parent.resolve() != self._layout.checkpoints.resolve():
+            return
+        if path.name in entries:
+            problem = self._problem(entries[path.name])
+            if problem is not None:
+                raise CheckpointCorruptError(f"{problem}; choose another one")
+        elif path.name == self._layout.best.name and entries:
+            self.own(path)
+
+    def names(self) -> list[str]:
+        """Return the names of all checkpoints, those of the user's own among them."""
+        return list(self._entries())
+
     def path(self, name: str) -> Path:
         """Return the path of a checkpoint's file.
 

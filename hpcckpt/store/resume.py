@@ -32,8 +32,8 @@ def ask(layout: RunLayout, store: CheckpointStore, resume: ResumeConfig) -> None
     _target(store, resume)
     # A job may have another working directory.
     source = resume.from_ if resume.from_ in _WORDS else str(Path(resume.from_).absolute())
-    asked = {"state": "asked", "from": source, "epoch": resume.epoch, "step": resume.step, "weights_only": resume.weights_only}
-    write_json(layout.resume_request, asked)
+    asked = {"from": source, "epoch": resume.epoch, "step": resume.step, "weights_only": resume.weights_only, "strict": resume.strict}
+    write_json(layout.resume_request, {"state": "asked", **asked})
 
 
 def is_default(resume: ResumeConfig) -> bool:

@@ -3,7 +3,8 @@
     python exact.py RUN_DIR [key=value …]
 
 HPCCKPT_TEST_STOPS="0@5 1@9" has rank 0 signal itself within step 5, and rank 1 within step 9, each once a run;
-HPCCKPT_TEST_KILLS has them killed, HPCCKPT_TEST_RAISES has them raise. args.step_s slows steps down.
+HPCCKPT_TEST_KILLS has them killed, HPCCKPT_TEST_RAISES has them raise. args.step_s slows steps down. args.wrap=fsdp2 has the
+parameters spread over the ranks.
 Writes the ids each rank trained on to <run_dir>/ids.<rank>, one line a step.
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import mse_loss
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
@@ -43,10 +45,16 @@ def signal_if_planned(run: hpcckpt.Run, step: int | str) -> None:
         raise ZeroDivisionError("a bug in the training script")
 
 
+def wrapped(run: hpcckpt.Run, model: nn.Sequential) -> nn.Module:
+    if run.args.get("wrap") != "fsdp2":
+        return DistributedDataParallel(model)
+    for layer in model:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
 def main(run: hpcckpt.Run) -> None:
-    model = DistributedDataParallel(
-        nn.Sequential(nn.Linear(8, 33), nn.Dropout(0.3), nn.Tanh(), nn.Linear(33, 17), nn.Tanh(), nn.Linear(17, 3))
-    )
+    model = wrapped(run, nn.Sequential(nn.Linear(8, 33), nn.Dropout(0.3), nn.Tanh(), nn.Linear(33, 17), nn.Tanh(), nn.Linear(17, 3)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
     run.track(model=model, optimizer=optimizer, scheduler=scheduler)

@@ -75,6 +75,41 @@ def test_a_kill_at_any_instant_of_a_commit_leaves_a_good_checkpoint(tmp_path):
     assert seen == {name_of(2), name_of(3)}
 
 
+def test_a_kill_at_any_instant_of_a_save_over_the_newest_leaves_the_one_or_the_other(tmp_path):
+    seen = set()
+    for number in range(1, 100):
+        layout = RunLayout(tmp_path / str(number))
+        store = claimed(layout)
+        commit(store, 0)
+        commit(store, 1, content=b"old bytes")
+        finished = killed_at(number, lambda store=store: commit(store, 1, content=b"new bytes"))
+        assert newest(layout) == (name_of(1), [])
+        seen.add((layout.checkpoints / name_of(1)).read_bytes())
+        commit(claimed(layout), 1, content=b"newer bytes")
+        assert newest(layout) == (name_of(1), [])
+        if finished:
+            break
+    assert number > 15
+    assert seen == {b"old bytes", b"new bytes"}
+
+
+def test_a_kill_at_any_instant_of_setting_a_damaged_file_aside_is_finished_by_the_next_start(tmp_path):
+    for number in range(1, 100):
+        layout = RunLayout(tmp_path / str(number))
+        store = claimed(layout)
+        for epoch in range(3):
+            commit(store, epoch)
+        (layout.checkpoints / name_of(2)).write_bytes(b"damaged")
+        finished = killed_at(number, lambda store=store: store.recover(lambda _problem: None))
+        assert claimed(layout).recover(lambda _problem: None).name == name_of(1)
+        assert newest(layout) == (name_of(1), [])
+        assert (layout.damaged / name_of(2)).read_bytes() == b"damaged"
+        assert list(layout.checkpoints.glob("checkpoint_epoch0002*")) == []
+        if finished:
+            break
+    assert number > 8
+
+
 def test_a_failing_file_system_at_any_instant_of_a_commit_leaves_a_good_checkpoint(tmp_path, monkeypatch):
     for number in range(1, 100):
         layout = RunLayout(tmp_path / str(number))

@@ -1,14 +1,21 @@
 """Model state under portable names: any wrapper saves, any other one loads."""
 
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.utils.parametrizations import weight_norm
 from torch.optim.swa_utils import AveragedModel
 
-from hpcckpt.errors import CheckpointMismatchError
-from hpcckpt.state.model import load_model_state, model_state, portable_names, unwrap, wrapper_name
+from hpcckpt.distributed import shard_like
+from hpcckpt.errors import CheckpointMismatchError, UsageError
+from hpcckpt.state.model import load_model_state, model_state, parameter_names, portable_names, unwrap, wrapper_name
 
 
 class Net(nn.Module):
@@ -196,3 +203,245 @@ def test_wrappers_are_named_from_the_outside_in(name, words):
 def test_unwrap_returns_the_module_itself(wrap):
     model = Net()
     assert unwrap(wrap(model)) is model
+
+
+def test_a_name_of_a_tied_parameter_is_enough():
+    state = {name: tensor.clone() for name, tensor in model_state(Net()).items()}
+    for dropped in ("head.weight", "module.weight"):
+        target = Net()
+        report = load_model_state(target, {name: tensor for name, tensor in state.items() if name != dropped})
+        assert report.is_complete
+        assert report.missing == ()
+        assert set(report.loaded) == set(PLAIN_NAMES)
+        assert same(model_state(target), state)
+    with pytest.raises(CheckpointMismatchError, match=r"it lacks module\.weight, head\.weight;"):
+        load_model_state(Net(), {name: tensor for name, tensor in state.items() if name not in {"head.weight", "module.weight"}})
+
+
+def test_a_view_of_the_same_memory_is_tied_and_two_empty_tensors_are_not():
+    model = nn.Module()
+    model.register_buffer("one", torch.zeros(3))
+    model.register_buffer("same", model.one.view(3))
+    model.register_buffer("part", model.one[:2])
+    model.register_buffer("empty", torch.zeros(0))
+    model.register_buffer("other_empty", torch.zeros(0))
+    report = load_model_state(model, {"same": torch.ones(3), "empty": torch.zeros(0)}, strict=False)
+    assert report.missing == ("part", "other_empty")
+
+
+def test_the_names_of_parameters_are_found_by_identity():
+    model = DistributedDataParallel(compiled(Net()))
+    names = parameter_names(model)
+    assert sorted(names[id(parameter)] for parameter in model.parameters()) == sorted(
+        name for name, _ in Net().named_parameters() if name != "head.weight"
+    )
+
+
+@pytest.mark.parametrize("wrap", [compiled, lambda part: part], ids=["compiled", "plain"])
+def test_activation_checkpointing_shows_in_no_name(wrap):
+    model = nn.Sequential(checkpoint_wrapper(wrap(nn.Linear(2, 2))), nn.Linear(2, 2))
+    assert list(model_state(model)) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    saved = {name: torch.randn_like(tensor) for name, tensor in model_state(model).items()}
+    load_model_state(model, saved)
+    assert same(model_state(model), saved)
+
+
+def test_parametrizations_are_state_like_any_other():
+    torch.manual_seed(0)
+    source, target = weight_norm(nn.Linear(3, 2)), compiled(weight_norm(nn.Linear(3, 2)))
+    load_model_state(target, model_state(source))
+    assert torch.equal(unwrap(target).weight, source.weight)
+
+
+class Extra(nn.Linear):
+    """Returns what it likes, a tensor whose size depends on its history as well."""
+
+    def __init__(self, extra=None):
+        super().__init__(2, 2)
+        self.extra = extra
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+@pytest.mark.parametrize("extra", [{"count": [3]}, torch.ones(5, dtype=torch.uint8), None, "text"], ids=str)
+@pytest.mark.parametrize("before", [None, torch.zeros(2)], ids=["none", "tensor"])
+def test_extra_state_of_any_kind_is_restored_and_not_shared(extra, before):
+    state = model_state(DataParallel(Extra(extra)))
+    target = compiled(Extra(before))
+    load_model_state(target, state)
+    found = unwrap(target).extra
+    assert torch.equal(found, extra) if isinstance(extra, torch.Tensor) else found == extra
+    assert found is not extra or extra in {None, "text"}
+    with pytest.raises(CheckpointMismatchError, match="it lacks _extra_state;"):
+        load_model_state(target, {name: value for name, value in state.items() if name != "_extra_state"})
+
+
+def test_something_that_is_no_tensor_is_of_another_shape():
+    with pytest.raises(CheckpointMismatchError, match=r"shapes differ: weight str for \(2, 2\)"):
+        load_model_state(nn.Linear(2, 2, bias=False), {"weight": "text"})
+
+
+def test_old_batch_norm_state_is_incomplete_but_loads_where_that_is_allowed():
+    state = {name: torch.ones_like(tensor) for name, tensor in model_state(nn.BatchNorm1d(2)).items() if name != "num_batches_tracked"}
+    target = nn.BatchNorm1d(2)
+    target.num_batches_tracked.fill_(4)
+    with pytest.raises(CheckpointMismatchError, match="it lacks num_batches_tracked;"):
+        load_model_state(target, state)
+    report = load_model_state(target, state, strict=False)
+    assert report.missing == ("num_batches_tracked",)
+    assert torch.equal(target.running_mean, torch.ones(2))
+    assert target.num_batches_tracked == 4
+    absent = nn.BatchNorm1d(2, device="meta")
+    assert load_model_state(absent, state, strict=False).on_meta == ()
+    assert absent.num_batches_tracked == 0
+
+
+class Versioned(nn.Linear):
+    """Takes a state without a version for an old one, as some modules of torch do."""
+
+    _version = 3
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        if (local_metadata.get("version") or 1) < 3 and f"{prefix}weight" in state_dict:
+            state_dict[f"{prefix}weight"] = -state_dict[f"{prefix}weight"]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, compiled, DistributedDataParallel], ids=["plain", "compiled", "ddp"])
+def test_a_complete_state_is_of_the_version_of_the_modules_class(wrap):
+    source, target = Versioned(2, 2), wrap(Versioned(2, 2))
+    load_model_state(target, model_state(source))
+    assert torch.equal(unwrap(target).weight, source.weight)
+
+
+@pytest.mark.parametrize("load", [model_state, lambda model: load_model_state(model, {}), parameter_names], ids=["save", "load", "names"])
+def test_a_parameter_without_a_shape_is_named_and_what_to_do(load):
+    model = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2))
+    with pytest.raises(UsageError, match=r"^1\.weight has no shape .*: run one batch through the model before run\.track"):
+        load(model)
+    model(torch.ones(1, 2))
+    load_model_state(model, model_state(model))
+
+
+def on_meta():
+    with torch.device("meta"):
+        model = Net()
+    model.body.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, compiled, DataParallel], ids=["plain", "compiled", "dp"])
+def test_a_model_without_memory_is_loaded_and_keeps_its_parameters(wrap):
+    state = {name: tensor.clone() for name, tensor in model_state(Net()).items()}
+    target = wrap(on_meta())
+    own = unwrap(target)
+    parameters = list(own.parameters())
+    optimizer = torch.optim.SGD(own.parameters(), lr=0.1)
+    report = load_model_state(target, state)
+    assert same(model_state(target), state)
+    assert report.is_complete
+    assert report.on_meta[0].endswith("scratch")
+    assert "1 still on the meta device: " in str(report)
+    assert all(left is right for left, right in zip(own.parameters(), parameters, strict=True))
+    assert own.head.weight is own.module.weight
+    assert not own.body[0].weight.requires_grad
+    assert own.head.weight.requires_grad
+    assert not any(tensor.data_ptr() == state[name].data_ptr() for name, tensor in model_state(target).items())
+    own.scratch = torch.zeros(2)
+    target(torch.ones(4, 3)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(own.head.weight, state["head.weight"])
+
+
+def test_a_model_partly_without_memory_keeps_what_it_had():
+    state = {name: tensor.clone() for name, tensor in model_state(Net()).items()}
+    target = Net()
+    target.body.to("meta")
+    weight = target.module.weight
+    assert load_model_state(target, state).on_meta == ()
+    assert target.module.weight is weight
+    assert same(model_state(target), state)
+
+
+def test_a_parameter_that_somebody_watches_is_replaced_and_still_tied():
+    state = {name: tensor.clone() for name, tensor in model_state(Net()).items()}
+    target = on_meta()
+    watched = target.head.weight
+    reference = weakref.ref(watched)
+    load_model_state(target, state)
+    assert reference() is watched
+    assert target.head.weight is target.module.weight is not watched
+    assert same(model_state(target), state)
+
+
+def test_what_is_not_in_the_file_stays_without_memory_and_is_said():
+    target = on_meta()
+    report = load_model_state(target, {"body.0.weight": torch.ones(4, 3, dtype=torch.float64)}, strict=False, cast=True)
+    assert report.loaded == ("body.0.weight",)
+    assert target.body[0].weight.dtype == torch.float32
+    assert "body.0.bias" in report.on_meta
+    assert "body.0.weight" not in report.on_meta
+
+
+def on_one_rank(model):
+    return fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+
+
+def test_fully_shard_is_named_and_works_around_and_within_compile():
+    for wrap, name in (
+        (on_one_rank, "fully_shard"),
+        (lambda model: on_one_rank(compiled(model)), "OptimizedModule+fully_shard"),
+        (lambda model: compiled(on_one_rank(model)), "OptimizedModule+fully_shard"),
+    ):
+        saved = {key: tensor.clone() for key, tensor in model_state(Net()).items()}
+        target = wrap(Net())
+        assert wrapper_name(target) == name
+        load_model_state(target, saved)
+        assert same(model_state(target), saved)
+        assert model_state(target, keep=False) == {}
+
+
+def test_a_sharded_model_that_is_gathered_at_the_moment_is_still_found_sharded():
+    model = on_one_rank(nn.Linear(3, 2))
+    optimizer = torch.optim.SGD(model.parameters())
+    with torch.no_grad():
+        model(torch.ones(1, 3))
+    assert set(model_state(model)) == {"weight", "bias"}
+    assert [parameter_names(model)[id(parameter)] for parameter in optimizer.param_groups[0]["params"]] == ["weight", "bias"]
+
+
+@pytest.mark.parametrize(("shape", "spread"), [((4, 3), True), ((4, 1), True), ((4,), True), ((1, 3), False), ((7, 3), False), ((), False)])
+def test_a_tensor_is_spread_like_another_where_it_is_as_long(shape, spread):
+    own = on_one_rank(nn.Linear(3, 4)).weight
+    full = torch.randn(shape)
+    part = shard_like(full, own)
+    assert torch.equal(part.full_tensor(), full)
+    assert part.placements == own.placements if spread else part.placements[0].is_replicate()
+    assert part.to_local().data_ptr() != full.data_ptr()
+    assert shard_like(full, torch.zeros(2)) is full
+
+
+def test_a_sharded_model_without_memory_is_loaded():
+    state = {name: tensor.clone() for name, tensor in model_state(Net()).items()}
+    model = on_meta()
+    model.scratch = torch.zeros(2)
+    target = on_one_rank(model)
+    optimizer = torch.optim.SGD(target.parameters(), lr=0.1)
+    load_model_state(target, state)
+    assert same(model_state(target), state)
+    target(torch.ones(4, 3)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model_state(target)["head.weight"], state["head.weight"])
+    assert torch.equal(model_state(target)["body.0.weight"], state["body.0.weight"])
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching|.*NO_SHARD:Warning")
+def test_the_first_fsdp_is_refused_with_what_to_use():
+    model = nn.Sequential(nn.Linear(2, 2))
+    model[0] = FullyShardedDataParallel(model[0], device_id=torch.device("cpu"))
+    with pytest.raises(UsageError, match=r"^0 is a FullyShardedDataParallel, .*fully_shard$"):
+        model_state(model)

@@ -19,7 +19,7 @@ FLOORS = {
     "submit": 6, "cli": 6,
     "launch": 5, "task": 5,
     "run": 4,
-    "checkpoint": 3, "requeue": 3,
+    "checkpoint": 3, "manager": 3, "requeue": 3, "reading": 3, "weights": 3,
     "state": 2, "store": 2, "data": 2, "progress": 2,
     "distributed": 1, "signals": 1, "scheduler": 1,
     "errors": 0, "layout": 0, "config": 0, "environment": 0, "policy": 0,
@@ -30,8 +30,12 @@ SIDEWAYS = {
     ("config.loader", "errors"): "what it raises; errors imports nothing",
     ("environment", "errors"): "what it raises; errors imports nothing",
     ("cli.main", "submit"): "`hpcckpt submit` is `python -m hpcckpt.submit`",
+    ("weights", "reading"): "bytes become content in one place",
     ("launch.local", "task"): "the callable that submitit pickles",
     ("launch.slurm", "task"): "the callable that submitit pickles",
+    ("checkpoint", "reading"): "the one place where a file becomes content",
+    ("manager", "reading"): "the one place where a file becomes content",
+    ("manager", "checkpoint"): "the same files, the same commit",
     ("data.loader", "state.rng"): "derive_seed, so that orders and generators are seeded alike",
 }
 
