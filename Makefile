@@ -2,19 +2,23 @@
 #   PYTHON=python3.12 make test     another Python
 #   make test REQUIRE_SLURM=1       no Slurm is a failure instead of a skip
 #   make test TESTS=tests/unit      a part of the tests
+#   make chaos                      the faults of tests/faults in full: hundreds of kills, power cuts and full disks, as root
 PYTHON ?= python3
 VENV ?= .venv
 TESTS ?= tests
 REQUIRE_SLURM ?= 0
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format slurm clean
+.PHONY: demo test chaos lint format slurm faults clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/python -m examples.demo
 
-test: $(VENV)/.installed slurm
+test: $(VENV)/.installed slurm faults
 	HPCCKPT_REQUIRE_SLURM=$(REQUIRE_SLURM) $(BIN)/python -m pytest $(TESTS)
+
+chaos: $(VENV)/.installed faults
+	HPCCKPT_CHAOS=1 HPCCKPT_REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/faults
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -27,6 +31,9 @@ format: $(VENV)/.installed
 
 slurm:
 	@slurm/install
+
+faults:
+	@tests/faults/install
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@./bootstrap "$(PYTHON)" "$(VENV)"

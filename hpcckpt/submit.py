@@ -6,14 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hpcckpt.cli.exits import EXIT_INTERRUPTED, EXIT_OK, EXIT_RUN_FAILED, exit_code
+
 if TYPE_CHECKING:
     from hpcckpt.launch import Submitted
-
-EXIT_OK = 0
-EXIT_BAD_INPUT = 2
-EXIT_NOT_SUBMITTED = 3
-EXIT_RUN_FAILED = 1
-EXIT_DETACHED = 130
 
 _EPILOG = """\
 conf= is a path, or a bare name in conf/. Everything else is key=value over that file, as in
@@ -39,21 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="print the batch script and submit nothing")
     parser.add_argument("--print-config", action="store_true", help="print the merged configuration and submit nothing")
     options = parser.parse_intermixed_args(sys.argv[1:] if argv is None else list(argv))
-    # Behind the parser: --help needs none of it.
-    from hpcckpt.errors import HpcckptError, SchedulerError
-
-    try:
-        return _submit(options.settings, dry_run=options.dry_run, print_config=options.print_config)
-    except HpcckptError as error:
-        print(f"hpcckpt: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_NOT_SUBMITTED if isinstance(error, SchedulerError) else EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print("hpcckpt: interrupted", file=sys.stderr)
-        return EXIT_DETACHED
-    except OSError as error:
-        # A full disk, a name that is too long: nothing that a traceback explains better.
-        print(f"hpcckpt: {error.filename or 'submission'}: {error.strerror or error}; mend that, then submit again", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    return exit_code(
+        lambda: _submit(options.settings, dry_run=options.dry_run, print_config=options.print_config), "submission", "submit again"
+    )
 
 
 def _submit(settings: Sequence[str], *, dry_run: bool, print_config: bool) -> int:
@@ -95,7 +79,7 @@ def _watch(job: "Submitted") -> int:
             f"\nhpcckpt: no longer watching; job {job_id} goes on. To watch again: tail -f {log}; to end it: {launch.how_to_end(job)}",
             file=sys.stderr,
         )
-        return EXIT_DETACHED
+        return EXIT_INTERRUPTED
     if ending == "finished":
         return EXIT_OK
     _, log = launch.newest_log(job)

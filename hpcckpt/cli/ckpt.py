@@ -128,17 +128,9 @@ def _chosen(run: Path, which: str, number: int) -> Path:
             )
         reader.own(layout.best)
         return layout.best
-    infos = reader.infos()
-    numbers = [info.epoch if which == "epoch" else info.step for info in infos if info.epoch_finished or which == "step"]
-    found = [info for info in infos if (info.step == number if which == "step" else info.epoch_finished and info.epoch == number)]
-    if not found:
-        known = ", ".join(str(known) for known in sorted(set(numbers))) or "none yet"
-        raise CheckpointNotFoundError(
-            f"--which {which}={number}: {layout.checkpoints} has no such checkpoint; the {which}s there are: {known}"
-        )
-    path = reader.path(found[-1].name)
-    reader.verify(path)
-    return path
+    asked = f"--which {which}={number}"
+    info = reader.find(asked, epoch=number) if which == "epoch" else reader.find(asked, step=number)
+    return reader.path(info.name)
 
 
 def _verify(path: Path) -> None:

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 
 EXIT_OK = 0
+EXIT_RUN_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_SLURM_REFUSED = 3
 EXIT_INTERRUPTED = 130

@@ -1,10 +1,12 @@
 """The checkpoints of a run: commit, pointer, retention, rewind. Rank 0 alone uses it; looking needs `reader` only.
 
-Commit order: file -> manifest -> pointer -> best -> retention. Each file is durable before the next one is begun, so
-the pointer names a complete, durable checkpoint at every instant, and an interrupted commit leaves at worst a file that
-nothing names. No name in the folder changes but under the `guard`: a newer attempt may commit a file of the same name.
+Commit order: data under a temporary name -> manifest -> the file's name -> pointer -> best -> retention. Each is durable
+before the next one is begun, so the pointer names a complete, durable checkpoint at every instant, and an interrupted
+commit leaves a temporary file and a manifest of nothing, both swept by a later one. No name in the folder changes but
+under the `guard`: a newer attempt may commit a file of the same name.
 """
 
+import contextlib
 import errno
 import os
 import secrets
@@ -25,7 +27,7 @@ from hpcckpt.errors import (
 )
 from hpcckpt.layout import TEMPORARY_PREFIX, RunLayout, checkpoint_name, manifest_name, parse_checkpoint_name
 from hpcckpt.policy import CheckpointInfo, Retention
-from hpcckpt.store.durable import drafted, is_being_read, make_private_directory, read_json, sync_directory, write_durably
+from hpcckpt.store.durable import Draft, drafted, is_being_read, make_private_directory, read_json, sync_directory, write_durably
 from hpcckpt.store.guard import Guard
 from hpcckpt.store.reader import CheckpointReader, Entry
 
@@ -101,6 +103,9 @@ class CheckpointStore(CheckpointReader):
         except (FencedError, RunDirectoryError, CheckpointSaveError):
             raise
         except (OSError, CheckpointCorruptError) as error:
+            # Without locks, or with a node that was lost, the temporary file may have been swept by a newer attempt.
+            with contextlib.suppress(CheckpointCorruptError):
+                self.refuse_if_fenced()
             reason = getattr(error, "strerror", None) or error
             raise CheckpointSaveError(
                 f"{path}: the checkpoint could not be written ({reason}); the ones before it are intact: "
@@ -127,7 +132,7 @@ class CheckpointStore(CheckpointReader):
                 # The pointer last: as long as it names what is damaged, or gone, an interrupted call is finished by the next.
                 self._move(damaged, self._layout.damaged)
                 self._point_to(self._rotation()[newest.name])
-                self._link_best()
+                self._link_best(self._entries())
         return newest
 
     def rewind(self, keep: str | None) -> None:
@@ -152,12 +157,11 @@ class CheckpointStore(CheckpointReader):
                 known = ", ".join(entries) or "nothing"
                 raise CheckpointNotFoundError(f"{self._layout.checkpoints}: {keep} is not there any more; resume from another one: {known}")
             self._move(later, self._layout.superseded)
-            self._link_best()
+            self._link_best(self._entries())
 
     def _commit(self, info: CheckpointInfo, write: Callable[[IO[bytes]], None], manifest: Mapping[str, Any]) -> None:
         began = time.monotonic()
         path = self._layout.checkpoints / info.name
-        manifest_path = self._layout.checkpoints / manifest_name(info.name)
         with drafted(path, write) as draft:
             content = {
                 "file": info.name,
@@ -172,19 +176,37 @@ class CheckpointStore(CheckpointReader):
                 "time": time.time(),
             }
             with self._guard.owned():
-                before = self._entries().get(info.name)
-                if before is not None:
-                    # Between the two changes of name the file and its manifest must fit each other all the same.
-                    replaced = {key: value for key, value in before.manifest.items() if key != "replaces"}
-                    self._guard.write_json(manifest_path, {**content, "replaces": replaced})
-                draft.publish()
-                self._guard.write_json(manifest_path, content)
+                entries = self._entries()
+                self._publish(draft, entries.get(info.name), content)
+                entries[info.name] = Entry(info, content)
                 if parse_checkpoint_name(info.name) is not None:
-                    self._point_to(Entry(info, content))
-                    self._link_best()
-                    self._delete(self._retention.surplus(self.infos(), self._protected({info.name})))
-                else:
-                    self._link_best()
+                    self._point_to(entries[info.name])
+                self._link_best(entries)
+                if parse_checkpoint_name(info.name) is not None:
+                    self._delete(self._retention.surplus(_in_rotation(entries), self._protected({info.name})))
+                self._sweep()
+
+    def _publish(self, draft: Draft, before: Entry | None, content: dict[str, Any]) -> None:
+        """Give a file its manifest and its name, in this order: a file without a manifest would never be counted, or deleted."""
+        manifest_path = self._layout.checkpoints / manifest_name(draft.path.name)
+        # Between the two changes of name the file that is there must fit its manifest all the same.
+        replaced = {} if before is None else {"replaces": {key: value for key, value in before.manifest.items() if key != "replaces"}}
+        self._guard.write_json(manifest_path, {**content, **replaced})
+        draft.publish()
+        if before is not None:
+            self._guard.write_json(manifest_path, content)
+
+    def _sweep(self) -> None:
+        """Delete manifests whose file is gone: of a commit or a deletion that was interrupted."""
+        names = set(os.listdir(self._layout.checkpoints))
+        for name in names:
+            stem, _, suffix = name.rpartition(".")
+            if suffix != "json" or stem in names or f"{stem}.pt" in names:
+                continue
+            with contextlib.suppress(CheckpointCorruptError):
+                file = str((read_json(self._layout.checkpoints / name) or {}).get("file"))
+                if manifest_name(file) == name:
+                    (self._layout.checkpoints / name).unlink(missing_ok=True)
 
     def _point_to(self, entry: Entry) -> None:
         self._guard.write_json(self._layout.latest, {**entry.pointer, "generation": self._guard.generation})
@@ -233,8 +255,8 @@ class CheckpointStore(CheckpointReader):
             sync_directory(folder)
             sync_directory(self._layout.checkpoints)
 
-    def _link_best(self) -> None:
-        best = self._retention.best(entry.info for entry in self._entries().values())[:1]
+    def _link_best(self, entries: Mapping[str, Entry]) -> None:
+        best = self._retention.best(entry.info for entry in entries.values())[:1]
         target = self._layout.best
         if not best:
             target.unlink(missing_ok=True)
@@ -264,7 +286,7 @@ class CheckpointStore(CheckpointReader):
             path = self._layout.checkpoints / info.name
             if is_being_read(path):
                 continue
-            # An interruption in between leaves a manifest alone, which counts for nothing and takes no room.
+            # An interruption in between leaves a manifest alone, which is swept.
             path.unlink(missing_ok=True)
             (self._layout.checkpoints / manifest_name(info.name)).unlink(missing_ok=True)
             went = True
@@ -273,6 +295,10 @@ class CheckpointStore(CheckpointReader):
     def _refuse_name(self, name: str) -> None:
         if not name or name != os.path.basename(name) or self._layout.reserves(name):
             raise UsageError(f"{name!r}: cannot be a checkpoint's name; give a plain file name such as before_finetuning.pt")
+
+
+def _in_rotation(entries: Mapping[str, Entry]) -> list[CheckpointInfo]:
+    return [entry.info for name, entry in entries.items() if parse_checkpoint_name(name) is not None]
 
 
 def _free_bytes(folder: Path) -> int:

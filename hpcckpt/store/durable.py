@@ -13,7 +13,7 @@ import io
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +22,7 @@ from hpcckpt.errors import CheckpointCorruptError, RunDirectoryError
 from hpcckpt.layout import TEMPORARY_PREFIX
 
 _JSON_LIMIT_BYTES = 16 * 1024 * 1024
+_CHECKSUM = "checksum"
 _READ_BYTES = 4 * 1024 * 1024
 
 
@@ -152,16 +153,16 @@ def write_bytes(path: Path, data: bytes) -> None:
     write_durably(path, write)
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write a small JSON file durably; as `write_durably`."""
-    write_bytes(path, json.dumps(value, indent=1).encode() + b"\n")
+def write_json(path: Path, value: Mapping[str, object]) -> None:
+    """Write a small JSON object durably, with a checksum of itself; as `write_durably`."""
+    write_bytes(path, json.dumps({**value, _CHECKSUM: _checksum(value)}, indent=1).encode() + b"\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the object in a JSON file, or None when there is no file; does not follow a symlink.
+    """Return the object that `write_json` wrote, or None when there is no file; does not follow a symlink.
 
     Raises:
-        CheckpointCorruptError: it is no JSON object, is absurdly large, or is no regular file of ours.
+        CheckpointCorruptError: it is another content, is absurdly large, or is no regular file of ours.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -174,9 +175,15 @@ def read_json(path: Path) -> dict[str, Any] | None:
             value = json.loads(file.read(_JSON_LIMIT_BYTES))
     except (ValueError, OSError, RecursionError) as error:
         raise CheckpointCorruptError(f"{path}: is not what hpcckpt wrote there ({error}); move it away, then submit again") from None
-    if not isinstance(value, dict):
-        raise CheckpointCorruptError(f"{path}: is not what hpcckpt wrote there (no JSON object); move it away, then submit again")
+    if not isinstance(value, dict) or value.pop(_CHECKSUM, None) != _checksum(value):
+        what = "its checksum is another one" if isinstance(value, dict) else "no JSON object"
+        raise CheckpointCorruptError(f"{path}: is not what hpcckpt wrote there ({what}); move it away, then submit again")
     return value
+
+
+def _checksum(value: Mapping[str, object]) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 @contextlib.contextmanager

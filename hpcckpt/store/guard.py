@@ -15,7 +15,7 @@ import os
 import socket
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -57,8 +57,7 @@ class Guard:
         if self._locking != "off":
             self._hold_attempt(job_id, restart_count)
         with self._locked():
-            newest = (read_json(self._layout.generation) or {}).get("generation", 0)
-            self.generation = int(newest) + 1
+            self.generation = int((read_json(self._layout.generation) or {"generation": 0})["generation"]) + 1
             write_json(
                 self._layout.generation,
                 {
@@ -100,7 +99,7 @@ class Guard:
             self.refuse_if_fenced()
             yield
 
-    def write_json(self, path: Path, value: object) -> None:
+    def write_json(self, path: Path, value: Mapping[str, object]) -> None:
         """Write a small file, as the newest attempt: without locks somebody may have taken over since `owned` looked."""
         self.refuse_if_fenced()
         write_json(path, value)

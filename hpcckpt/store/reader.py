@@ -5,7 +5,6 @@ committed is asked of the digest, never of the name or of the pointer.
 """
 
 import contextlib
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,9 @@ from hpcckpt.errors import CheckpointCorruptError, CheckpointError, CheckpointNo
 from hpcckpt.layout import RunLayout, manifest_name, parse_checkpoint_name
 from hpcckpt.policy import CheckpointInfo, Retention
 from hpcckpt.store.durable import file_digest, read_json
+
+# How often a look is begun anew because a writer was faster.
+_RETRIES = 20
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,16 @@ class Entry:
     def pointer(self) -> dict[str, Any]:
         """What latest.json says of it, but for the generation."""
         return {key: self.manifest[key] for key in ("file", "size_bytes", "digest", "epoch", "step", "epoch_finished")}
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What a folder showed at once: the pointer (None: none, {}: unreadable), the newest good one, and what is wrong."""
+
+    pointer: Mapping[str, Any] | None
+    newest: CheckpointInfo | None
+    problems: list[str]
+    damaged: list[str]
 
 
 class CheckpointReader:
@@ -52,8 +64,8 @@ class CheckpointReader:
         """
         return self._newest_good(report, [])
 
-    def find(self, *, epoch: int | None = None, step: int | None = None, best: bool = False) -> CheckpointInfo:
-        """Return the checkpoint of a finished epoch, of an optimizer step, or the best one; verified.
+    def find(self, asked: str, *, epoch: int | None = None, step: int | None = None, best: bool = False) -> CheckpointInfo:
+        """Return the checkpoint of a finished epoch, of an optimizer step, or the best one; verified. `asked`: for messages.
 
         Raises:
             CheckpointNotFoundError: there is none; the message lists those there are.
@@ -62,13 +74,13 @@ class CheckpointReader:
         entries = self._entries()
         infos = self.infos()
         if best:
-            found, asked = self._retention.best(entry.info for entry in entries.values())[:1], "resume.from=best"
+            found = self._retention.best(entry.info for entry in entries.values())[:1]
             known = "no checkpoint here has the metric checkpoint.monitor, or was saved as the best one"
         elif epoch is not None:
-            found, asked = [info for info in infos if info.epoch_finished and info.epoch == epoch], f"resume.epoch={epoch}"
+            found = [info for info in infos if info.epoch_finished and info.epoch == epoch]
             known = _known("epochs", [info.epoch for info in infos if info.epoch_finished])
         else:
-            found, asked = [info for info in infos if info.step == step][-1:], f"resume.step={step}"
+            found = [info for info in infos if info.step == step][-1:]
             known = _known("steps", [info.step for info in infos])
         if not found:
             raise CheckpointNotFoundError(f"{asked}: {self._layout.checkpoints} has no such checkpoint; {known}")
@@ -126,29 +138,47 @@ class CheckpointReader:
 
     def _newest_good(self, report: Callable[[str], None], damaged: list[str]) -> CheckpointInfo | None:
         """As `newest_good`; the names of those passed over are appended to `damaged`."""
+        look = self._look()
+        for _ in range(_RETRIES):
+            # A live writer may have moved on, and deleted what was looked at.
+            if not look.problems or self._pointer([]) == look.pointer:
+                break
+            look = self._look()
+        for problem in look.problems:
+            report(problem)
+        damaged += look.damaged
+        if look.newest is None and (look.damaged or look.pointer is not None):
+            raise CheckpointCorruptError(
+                f"{self._layout.checkpoints}: no checkpoint here is intact; submit with resume.from=none to begin anew "
+                "(what is there moves to superseded/), or with resume.from=PATH"
+            )
+        return look.newest
+
+    def _look(self) -> "_Look":
+        problems: list[str] = []
+        damaged: list[str] = []
+        pointer = self._pointer(problems)
         entries = self._rotation()
-        try:
-            pointer = read_json(self._layout.latest)
-            pointed = None if pointer is None else str(pointer.get("file"))
-        except CheckpointCorruptError as error:
-            report(str(error))
-            pointed = None
-        if not entries and not os.path.lexists(self._layout.latest):
-            return None
+        pointed = None if not pointer else str(pointer.get("file"))
         if pointed is not None and pointed not in entries:
-            report(f"{self._layout.latest} names {pointed!r}, which is not there, or has no intact manifest")
+            problems.append(f"{self._layout.latest} names {pointed!r}, which is not there, or has no intact manifest")
         newest_first = sorted(entries, key=lambda name: entries[name].info.order, reverse=True)
         # A file newer than the pointer was never acknowledged; it comes after the one that was, or serves if that is bad.
         for name in sorted(newest_first, key=lambda name: name != pointed):
             problem = self._problem(entries[name])
             if problem is None:
-                return entries[name].info
-            report(problem)
+                return _Look(pointer, entries[name].info, problems, damaged)
+            problems.append(problem)
             damaged.append(name)
-        raise CheckpointCorruptError(
-            f"{self._layout.checkpoints}: no checkpoint here is intact; submit with resume.from=none to begin anew "
-            "(what is there moves to superseded/), or with resume.from=PATH"
-        )
+        return _Look(pointer, None, problems, damaged)
+
+    def _pointer(self, problems: list[str]) -> dict[str, Any] | None:
+        """Return what the pointer says; {} where it cannot be read, None where there is none."""
+        try:
+            return read_json(self._layout.latest)
+        except CheckpointCorruptError as error:
+            problems.append(str(error))
+            return {}
 
     def _rotation(self) -> dict[str, Entry]:
         """Return the entries under names that hpcckpt gives: those that may be the newest, and that retention counts."""
@@ -165,7 +195,7 @@ class CheckpointReader:
     def _entry(self, name: str, names: set[str]) -> Iterator[Entry]:
         if manifest_name(name) not in names:
             return
-        with contextlib.suppress(CheckpointError, ValueError, TypeError, AttributeError, KeyError):
+        with contextlib.suppress(CheckpointError, ValueError, TypeError, AttributeError, KeyError, OverflowError):
             manifest = read_json(self._layout.checkpoints / manifest_name(name)) or {}
             replaced = manifest.get("replaces")
             # An interrupted save over a file of the same name: the bytes say which of the two manifests is theirs.
@@ -176,8 +206,6 @@ class CheckpointReader:
             metrics = {str(key): float(value) for key, value in manifest["metrics"].items()}
             step, epoch = int(manifest["step"]), int(manifest["epoch"])
             finished, is_best = bool(manifest["epoch_finished"]), bool(manifest.get("is_best", False))
-            if not math.isfinite(int(manifest["size_bytes"])) or not isinstance(manifest["digest"], str):
-                return
             yield Entry(CheckpointInfo(name, epoch, step, finished, metrics, is_best), manifest)
 
     def _problem(self, entry: Entry) -> str | None:

@@ -78,11 +78,11 @@ def apply(layout: RunLayout, store: CheckpointStore) -> dict[str, Any] | None:
 
 def _target(store: CheckpointStore, resume: ResumeConfig) -> CheckpointInfo | Path | None:
     if resume.epoch is not None:
-        return store.find(epoch=resume.epoch)
+        return store.find(f"resume.epoch={resume.epoch}", epoch=resume.epoch)
     if resume.step is not None:
-        return store.find(step=resume.step)
+        return store.find(f"resume.step={resume.step}", step=resume.step)
     if resume.from_ == "best":
-        return store.find(best=True)
+        return store.find("resume.from=best", best=True)
     if resume.from_ == "none":
         return None
     if resume.from_ == "latest":

@@ -99,8 +99,8 @@ def test_the_names_come_in_the_order_of_the_guarantee(layout, monkeypatch):
         monkeypatch.setattr(os, function, recorded)
     commit(store, 1, 1.0)
     assert calls == [
-        "rename checkpoint_epoch0001.pt",
         "rename checkpoint_epoch0001.json",
+        "rename checkpoint_epoch0001.pt",
         "rename latest.json",
         "link .tmp",
         "rename best_model.pt",
@@ -142,27 +142,27 @@ def filled(layout):
 
 @pytest.mark.parametrize(("asked", "name"), LOOKUPS.values(), ids=LOOKUPS)
 def test_a_checkpoint_is_found_by(filled, asked, name):
-    assert filled.find(**asked).name == name
+    assert filled.find("this one", **asked).name == name
 
 
 MISSES = {
-    "epoch": ({"epoch": 2}, r"resume\.epoch=2: .* has no such checkpoint; there are the epochs 0, 1$"),
-    "step": ({"step": 11}, r"resume\.step=11: .*; there are the steps 10, 20, 25$"),
+    "epoch": ({"epoch": 2}, r"this one: .* has no such checkpoint; there are the epochs 0, 1$"),
+    "step": ({"step": 11}, r"this one: .*; there are the steps 10, 20, 25$"),
 }
 
 
 @pytest.mark.parametrize(("asked", "message"), MISSES.values(), ids=MISSES)
 def test_one_that_is_not_there_is_answered_with_those_there_are(filled, asked, message):
     with pytest.raises(CheckpointNotFoundError, match=message):
-        filled.find(**asked)
+        filled.find("this one", **asked)
 
 
 def test_there_may_be_none_at_all(layout):
     store = CheckpointStore(layout, Retention())
     with pytest.raises(CheckpointNotFoundError, match="there are no epochs yet"):
-        store.find(epoch=0)
-    with pytest.raises(CheckpointNotFoundError, match=r"resume\.from=best: .* no checkpoint here has the metric checkpoint\.monitor"):
-        store.find(best=True)
+        store.find("this one", epoch=0)
+    with pytest.raises(CheckpointNotFoundError, match=r"this one: .* no checkpoint here has the metric checkpoint\.monitor"):
+        store.find("this one", best=True)
 
 
 @pytest.mark.parametrize("name", ["../x.pt", "/etc/passwd", "latest.json", "best_model.pt", "checkpoint_epoch007.pt", ""])

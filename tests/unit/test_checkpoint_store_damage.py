@@ -9,6 +9,7 @@ import pytest
 from hpcckpt.errors import CheckpointCorruptError, CheckpointNotFoundError
 from hpcckpt.layout import RunLayout, manifest_name
 from hpcckpt.policy import Retention
+from hpcckpt.store.durable import read_json
 from support.checkpoints import claimed, commit, files, name_of, newest
 
 
@@ -80,7 +81,7 @@ def test_each_damaged_one_is_reported(layout, three):
     assert name == name_of(0)
     assert [name_of(2) in problems[0], name_of(1) in problems[1]] == [True, True]
     with pytest.raises(CheckpointCorruptError, match=r"resume\.epoch=1: .* choose another one; there are the epochs 0, 1, 2"):
-        three.find(epoch=1)
+        three.find("resume.epoch=1", epoch=1)
 
 
 @pytest.mark.usefixtures("three")
@@ -140,7 +141,7 @@ def test_the_pointer_counts_and_not_a_newer_file_that_was_never_acknowledged(lay
 
 
 def test_a_rewind_moves_later_ones_with_their_manifests_and_deletes_nothing(layout, three):
-    before = files(layout)
+    before, pointer = files(layout), read_json(layout.latest)
     three.rewind(name_of(0))
     after = files(layout)
     for epoch in (1, 2):
@@ -149,7 +150,7 @@ def test_a_rewind_moves_later_ones_with_their_manifests_and_deletes_nothing(layo
             assert name not in after
     assert newest(layout) == (name_of(0), [])
     assert layout.best.samefile(layout.checkpoints / name_of(0))
-    assert json.loads(layout.latest.read_text()) == json.loads(before["latest.json"]) | {
+    assert read_json(layout.latest) == pointer | {
         key: json.loads(before[manifest_name(name_of(0))])[key] for key in ("file", "size_bytes", "digest", "epoch", "step")
     }
 

@@ -172,7 +172,10 @@ def test_a_file_system_without_flock_is_refused_with_advice(layout, monkeypatch,
     commit(store, 0, 1.0)
     before = files(layout)
     break_flock(monkeypatch, number)
-    advice = r"cannot be locked \(.+\); put run_dir on a file system that has flock \(Lustre: mounted with -o flock\), or set checkpoint\.locking=off and never start two runs in one directory$"
+    advice = (
+        r"cannot be locked \(.+\); put run_dir on a file system that has flock \(Lustre: mounted with -o flock\), "
+        r"or set checkpoint\.locking=off and never start two runs in one directory$"
+    )
     for act in (lambda: commit(store, 1, 1.0), lambda: store.rewind(None), lambda: store.claim("8")):
         with pytest.raises(RunDirectoryError, match=advice) as caught:
             act()

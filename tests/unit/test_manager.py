@@ -313,4 +313,4 @@ def test_the_manifest_says_what_is_in_the_file(manager):
 def test_the_store_of_a_run_reads_its_folder(manager, tmp_path):
     model, optimizer, _ = trained()
     manager.save(model, optimizer, 7)
-    assert CheckpointStore(RunLayout(tmp_path), Retention()).find(epoch=7).name == "checkpoint_epoch0007.pt"
+    assert CheckpointStore(RunLayout(tmp_path), Retention()).find("epoch 7", epoch=7).name == "checkpoint_epoch0007.pt"
