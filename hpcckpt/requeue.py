@@ -89,8 +89,11 @@ def leave(
     """End this process, rank 0 after asking for the next attempt. Every rank must call it, outside the process group.
 
     Raises:
-        SystemExit: always; 0 when requeued (144 under submitit's local launcher, which restarts on it).
+        FencedError: on rank 0, where a newer attempt has started; nothing was asked for or noted.
+        SystemExit: else always; 0 when requeued (144 under submitit's local launcher, which restarts on it).
     """
+    if task.rank == 0:
+        store.refuse_if_fenced()
     if task.launcher == "local" and stop.decision.requeue:
         if task.rank == 0:
             ledger.append("requeue", step=step, job_id=task.job_id)
@@ -106,7 +109,6 @@ def leave(
     # Before the request: behind it SIGTERM is on its way.
     ledger.append("requeue", step=step, job_id=task.job_id)
     print(f"hpcckpt: saved at step {step}; requeueing job {task.job_id} ({stop.cause})", flush=True)
-    store.refuse_if_fenced()
     try:
         scheduler.requeue(task.job_id, patience_s=config.lead_time_s)
     except SchedulerError as error:

@@ -7,6 +7,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from hpcckpt.layout import RunLayout
+from hpcckpt.policy import Retention
+from hpcckpt.store.checkpoints import CheckpointStore
+
 SCRIPT = str(Path(__file__).parents[1] / "scripts" / "exact.py")
 pytestmark = pytest.mark.timeout(400)
 
@@ -17,6 +21,10 @@ def steps_an_epoch(world_size: int) -> int:
 
 def metrics(run_dir: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def checkpoints_of(run_dir: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (run_dir / "checkpoints").iterdir() if not path.name.endswith(".lock")}
 
 
 def trained_ids(run_dir: Path, world_size: int) -> list[list[str]]:
@@ -105,3 +113,20 @@ def test_a_killed_run_loses_what_was_behind_its_last_checkpoint_and_nothing_else
     ranks.run_to_the_end([SCRIPT, str(killed), "checkpoint.every_steps=3"], 2)
     same_state(whole, killed)
     assert metrics(whole) == metrics(killed)
+
+
+def test_an_attempt_that_was_overtaken_changes_requeues_and_hangs_nothing(ranks, tmp_path, wait_until):
+    """A node that was lost comes back while the run goes on elsewhere."""
+    folder = tmp_path / "run"
+    old = ranks.start([SCRIPT, str(folder), "args.step_s=0.05", "args.epochs=100"], 2)
+    wait_until((folder / "checkpoints" / "checkpoint_epoch0000.pt").exists, "a first checkpoint")
+    job_id = json.loads((folder / "checkpoints" / "generation.json").read_text())["job_id"]
+    newer = CheckpointStore(RunLayout(folder), Retention())
+    newer.claim(job_id)
+    before = checkpoints_of(folder)
+    old[1].send_signal(signal.SIGUSR1)
+    attempt = ranks.finish(old)
+    assert all(code not in (0, 144) for code in attempt.codes), attempt
+    assert all("took over; this one stops without touching anything" in output for output in attempt.outputs)
+    assert checkpoints_of(folder) == before
+    assert "requeue" not in [json.loads(line)["event"] for line in (folder / "events.jsonl").read_text().splitlines()]
