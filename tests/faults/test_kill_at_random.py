@@ -28,8 +28,9 @@ def test_a_run_that_is_killed_again_and_again_goes_on_from_what_was_acknowledged
         if kill == 0 and not acknowledged:
             newest = facts_of(RunLayout(root))["newest"] or 0
             continue
-        # The next attempt commits the end of the epoch: that is another name than what was being written.
-        in_flight = range(newest + 1, newest + len(said) + 2)
+        # What was found and never acknowledged is among them, as long as nothing was. The next attempt commits the end of the
+        # epoch: that is another name than what was being written.
+        in_flight = range(newest, newest + len(said) + 2)
         try:
             found, newest = assert_sound(server, root, acknowledged, in_flight=in_flight)
         except AssertionError as error:
