@@ -4,6 +4,7 @@ Both are collectives, and neither can leave a rank waiting: whatever rank 0 meet
 attempt) is raised on every rank.
 """
 
+import copy
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from hpcckpt.distributed import Collectives, Ranks
-from hpcckpt.errors import CheckpointMismatchError
+from hpcckpt.errors import CheckpointMismatchError, UsageError
 from hpcckpt.layout import RunLayout
 from hpcckpt.reading import read_content
 from hpcckpt.state.foreign import fit_names, model_state_in, renamed
@@ -54,7 +55,7 @@ def commit(
     position: Position,
     state: dict[str, Any],
     *,
-    metrics: dict[str, float],
+    metrics: Mapping[str, float],
     wrapper: str,
     generators: list[dict[str, Any]],
     data_state: dict[str, Any],
@@ -67,7 +68,7 @@ def commit(
         store: where it goes.
         position: what it is the state of.
         state: `Tracked.state`.
-        metrics: of its epoch.
+        metrics: of its epoch; each a number, or a tensor of one element.
         wrapper: `Tracked.wrapper`.
         generators: `rng_state` of each rank.
         data_state: the position in each loader.
@@ -77,19 +78,20 @@ def commit(
     Raises:
         CheckpointSaveError, FencedError, UsageError: as `CheckpointStore.commit`.
     """
+    numbers = plain_metrics(metrics)
     content: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "epoch": position.epoch,
         "step": position.step,
         **state,
-        "metrics": metrics,
+        "metrics": numbers,
         "world_size": len(generators),
         "saved_with_wrapper": wrapper,
         "rng_state": generators,
         "data_state": {"epoch_finished": position.epoch_finished, **data_state},
     }
     manifest: dict[str, Any] = {
-        "metrics": metrics,
+        "metrics": numbers,
         "world_size": len(generators),
         "saved_with_wrapper": wrapper,
         "versions": {
@@ -107,6 +109,21 @@ def commit(
         manifest=manifest,
         name=name,
     )
+
+
+def plain_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return metrics as plain floats, which any reader of the file understands.
+
+    Raises:
+        UsageError: one is no number; names it.
+    """
+    numbers = {}
+    for name, value in metrics.items():
+        try:
+            numbers[str(name)] = float(value.detach() if isinstance(value, torch.Tensor) else value)
+        except (TypeError, ValueError, RuntimeError):
+            raise UsageError(f"metrics: {name} is a {type(value).__name__}, not a number; leave it out, or give its mean, say") from None
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -220,7 +237,9 @@ class Checkpointer:
         own = path.parent == self._layout.checkpoints
         # Marked as being read: no process deletes it meanwhile.
         with reading(path) if own else nullcontext():
-            content = read_content(path, follow_symlinks=not own)
+            return self._load_content(read_content(path, follow_symlinks=not own), path, weights_only=weights_only, strict=strict, own=own)
+
+    def _load_content(self, content: Any, path: Path, *, weights_only: bool, strict: bool, own: bool) -> Restored:
         if weights_only:
             notes = self._tracked.load_weights(self._weights(content), strict=strict)
             seed = derive_seed(self._seed, "rank", self._ranks.rank)
@@ -254,13 +273,28 @@ class Checkpointer:
     def _generators(self, content: dict[str, Any]) -> tuple[Callable[[], None], tuple[str, ...]]:
         saved = content["rng_state"]
         if len(saved) == self._ranks.world_size:
-            return lambda: set_rng_state(saved[self._ranks.rank]), ()
+            # A copy: the file may be mapped into memory, and this is needed later.
+            mine = copy.deepcopy(saved[self._ranks.rank])
+            return lambda: set_rng_state(mine), ()
         seed = derive_seed(self._seed, "rank", self._ranks.rank, content["step"])
         note = (
             f"saved by {len(saved)} ranks and restored on {self._ranks.world_size}: every sample is still seen once, but random "
             "generators are seeded anew and the result is no longer bit-exact"
         )
         return lambda: seed_all(seed), (note,)
+
+
+def check_version(content: Mapping[str, Any], path: Path) -> None:
+    """Refuse a file of a later format than this version of hpcckpt reads; one without a format is another program's.
+
+    Raises:
+        CheckpointMismatchError: it is one.
+    """
+    version = content.get("format_version", FORMAT_VERSION)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise CheckpointMismatchError(
+            f"{path}: was written in format {version}, this version reads up to {FORMAT_VERSION}; upgrade hpcckpt"
+        )
 
 
 def _place_in(content: Any, path: Path) -> Restored:
@@ -272,10 +306,7 @@ def _place_in(content: Any, path: Path) -> Restored:
     weights = "its weights can be had with resume.weights_only=true"
     if not isinstance(content, dict) or not isinstance(content.get("format_version"), int):
         raise CheckpointMismatchError(f"{path}: is no checkpoint of hpcckpt (it has no format_version); {weights}")
-    if content["format_version"] > FORMAT_VERSION:
-        raise CheckpointMismatchError(
-            f"{path}: was written in format {content['format_version']}, this version reads up to {FORMAT_VERSION}; upgrade hpcckpt"
-        )
+    check_version(content, path)
     missing = [key for key in ("epoch", "step", "metrics", "rng_state", "data_state") if key not in content]
     if missing:
         raise CheckpointMismatchError(f"{path}: is no place in training, it lacks {', '.join(missing)}; {weights}")

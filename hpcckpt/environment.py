@@ -37,6 +37,8 @@ class TaskEnvironment:
     job_id: str | None = None
     # None where the launcher does not count (submitit's local executor): the ledger does.
     restart_count: int | None = None
+    # Which start of the job this is, by every launcher that counts starts; a later one compares greater. Empty: not known.
+    incarnation: tuple[int, ...] = ()
     # Set apart what runs beside: two srun in one job, two attempts of one job.
     step_id: str = "0"
     first_host: str = "127.0.0.1"
@@ -121,6 +123,7 @@ def _from_torchrun(environ: Mapping[str, str]) -> TaskEnvironment:
         num_nodes=_number(environ, "GROUP_WORLD_SIZE", max(world_size // max(local_world_size, 1), 1)),
         job_id=environ.get("SLURM_JOB_ID"),
         restart_count=_number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
+        incarnation=(_number(environ, "SLURM_RESTART_COUNT", 0), _number(environ, "TORCHELASTIC_RESTART_COUNT", 0)),
         first_host=environ.get("MASTER_ADDR", "127.0.0.1"),
     )
 
@@ -162,6 +165,7 @@ def _from_slurm(environ: Mapping[str, str]) -> TaskEnvironment:
         num_nodes=len(tasks),
         job_id=job_id,
         restart_count=_number(environ, "SLURM_RESTART_COUNT", 0),
+        incarnation=(_number(environ, "SLURM_RESTART_COUNT", 0),),
         step_id=environ.get("SLURM_STEP_ID", "0"),
         first_host=first_host(nodelist),
     )

@@ -86,11 +86,10 @@ class RunLayout:
         return self.checkpoints / "damaged"
 
     def reserves(self, name: str) -> bool:
-        """Return whether a file of this name in the checkpoints' folder is hpcckpt's own, so that no checkpoint may be called so."""
-        own = (self.latest, self.lock, self.attempt_lock, self.generation, self.best, self.superseded, self.damaged)
-        return (
-            name in {path.name for path in own} or name.startswith(".") or name.endswith(".json") or parse_checkpoint_name(name) is not None
-        )
+        """Return whether no checkpoint may be called so: hpcckpt's own names, and what has no suffix to tell it from those by."""
+        suffix = Path(name).suffix
+        own = parse_checkpoint_name(name) is not None or name == self.best.name
+        return own or name.startswith(".") or suffix in ("", ".", ".json", ".lock") or not name.isprintable()
 
 
 def checkpoint_name(epoch: int, step: int | None = None) -> str:

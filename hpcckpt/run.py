@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hpcckpt import config as configuration
 from hpcckpt import policy, requeue
-from hpcckpt.checkpoint import Boundary, Checkpointer, Position, Restored
+from hpcckpt.checkpoint import Boundary, Checkpointer, Position, Restored, plain_metrics
 from hpcckpt.config import RunConfig
 from hpcckpt.data import Cursor, Loops, make_loader
 from hpcckpt.distributed import Agreement, Ranks, choose_device, fix_bucket_order
@@ -247,8 +247,12 @@ class Run:
             self._metrics_file.add("log", self._epoch, self._step + 1, values)
 
     def report(self, **metrics: Any) -> None:
-        """Record metrics of this epoch: in metrics.jsonl and in its checkpoint, where `checkpoint.monitor` looks; rank 0's count."""
-        plain = {name: float(value) for name, value in metrics.items()}
+        """Record metrics of this epoch: in metrics.jsonl and in its checkpoint, where `checkpoint.monitor` looks; rank 0's count.
+
+        Raises:
+            UsageError: one is no number, or more than one.
+        """
+        plain = plain_metrics(metrics)
         self._metrics.update(plain)
         if self.is_main:
             self._metrics_file.add("report", self._epoch, self._step, plain)
@@ -276,12 +280,15 @@ class Run:
                 with suppress(OSError):
                     self._metrics_file.flush()
             self._agreement.close(timeout_s=1)
+            self._store.release()
+            if self.world_size == 1:  # nobody to wait for, and a notebook may go on in this process
+                self._ranks.close()
             self._restore_signals()
 
     def _begin_attempt(self) -> int:
         """Claim the run directory and write the ledger's first line of this attempt; returns restart_count. Rank 0."""
         make_private_directory(self.run_dir)
-        generation = self._store.claim(self._task.job_id, self._task.restart_count)
+        generation = self._store.claim(self._task.job_id, self._task.incarnation)
         restart_count = self._task.restart_count
         if restart_count is None:
             attempts = [event for event in self._ledger.events() if event["event"] == "attempt"]

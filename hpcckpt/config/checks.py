@@ -54,6 +54,8 @@ def problems(config: RunConfig) -> Iterator[str]:
     yield from _at_least("slurm.gpus_per_node", slurm.gpus_per_node, 0)
     yield from _at_least("checkpoint.keep_last", checkpoint.keep_last, 2)
     yield from _at_least("checkpoint.keep_best", checkpoint.keep_best, 0)
+    if checkpoint.monitor is not None and checkpoint.keep_best < 1:
+        yield "checkpoint.keep_best: 0 would delete what checkpoint.monitor finds best; write 1, or remove checkpoint.monitor"
     for key in ("every_epochs", "every_steps", "keep_every_epochs"):
         yield from _at_least(f"checkpoint.{key}", getattr(checkpoint, key), 1)
     for key in ("lead_time_s", "max_stalled"):

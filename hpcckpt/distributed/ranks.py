@@ -5,6 +5,7 @@ CPU whatever the training uses, so that they neither disturb NCCL's streams nor 
 """
 
 import os
+import pickle
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Literal, Self, TypeVar
@@ -50,6 +51,8 @@ class Collectives:
         Raises:
             UsageError: there is no process group, or it is another one than `rank` and `world_size` say.
         """
+        if not 0 <= rank < world_size:
+            raise UsageError(f"rank {rank} of {world_size}: ranks count from 0 to world_size - 1")
         if not dist.is_initialized():
             if world_size > 1:
                 raise UsageError(
@@ -97,10 +100,13 @@ class Collectives:
         Every rank must call it. So no rank waits for a rank 0 that failed.
         """
         value, error = _attempt(action) if self.is_main else (None, None)
-        value, failure = self.broadcast((value, None if error is None else _portable(error)))
+        answer = self.broadcast(_packed(value, error))
+        if error is not None:
+            raise error
+        value, failure = pickle.loads(answer)  # noqa: S301 - rank 0's own bytes
         if failure is not None:
-            raise error or failure
-        return value  # type: ignore[return-value]  # None only where T allows it
+            raise failure
+        return value  # type: ignore[no-any-return]
 
     def together(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank; if any failed, raise on all: its own error where it failed, else one that names the rank.
@@ -158,8 +164,11 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, BaseException | None]:
         return None, error
 
 
-def _portable(error: BaseException) -> BaseException:
-    """Return an error that pickles: one of ours or a builtin as it is, anything else by its text."""
-    if isinstance(error, HpcckptError) or type(error).__module__ == "builtins":
-        return error.with_traceback(None)
-    return RankFailedError(f"rank 0 failed: {type(error).__name__}: {error}")
+def _packed(value: object, error: BaseException | None) -> bytes:
+    """Return (value, error) in bytes; an error that cannot be sent goes by its text, so that the others hear of it all the same."""
+    ours = error is None or isinstance(error, HpcckptError) or type(error).__module__ == "builtins"
+    try:
+        return pickle.dumps((value, error if ours else RankFailedError(f"rank 0 failed: {type(error).__name__}: {error}")))
+    except Exception as failure:  # noqa: BLE001 - pickle raises many kinds
+        told = error or failure
+        return pickle.dumps((None, RankFailedError(f"rank 0 failed: {type(told).__name__}: {told}")))

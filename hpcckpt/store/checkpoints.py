@@ -11,8 +11,9 @@ import errno
 import os
 import secrets
 import shutil
+import sys
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -51,9 +52,9 @@ class CheckpointStore(CheckpointReader):
         retention = Retention(config.keep_last, config.keep_best, config.keep_every_epochs, config.monitor, config.mode)
         return cls(layout, retention, config.locking)
 
-    def claim(self, job_id: str | None, restart_count: int | None = None) -> int:
+    def claim(self, job_id: str | None, incarnation: Sequence[int] = (), *, share: bool = False) -> int:
         """Take the next generation, from now on the only one that may commit; returns it. As `Guard.claim`."""
-        return self._guard.claim(job_id, restart_count)
+        return self._guard.claim(job_id, incarnation, share=share)
 
     def release(self) -> None:
         """Let another run have the directory; the end of the process does so, too."""
@@ -97,7 +98,11 @@ class CheckpointStore(CheckpointReader):
                 self._commit(info, write, manifest)
             except OSError as error:
                 # Quotas do not show in the free space.
-                if error.errno not in _FULL or not self._delete(self._early_surplus(info)):
+                if error.errno not in _FULL:
+                    raise
+                with self._guard.owned():
+                    went = self._delete(self._early_surplus(info))
+                if not went:
                     raise
                 self._commit(info, write, manifest)
         except (FencedError, RunDirectoryError, CheckpointSaveError):
@@ -126,14 +131,27 @@ class CheckpointStore(CheckpointReader):
         for problem in problems:
             report(problem)
         if newest is not None:
-            self._source = newest.name
-        if problems and newest is not None:
+            self.keep(newest.name)
             with self._guard.owned():
-                # The pointer last: as long as it names what is damaged, or gone, an interrupted call is finished by the next.
-                self._move(damaged, self._layout.damaged)
-                self._point_to(self._rotation()[newest.name])
-                self._link_best(self._entries())
+                if problems:
+                    # The pointer last: as long as it names what is damaged, or gone, an interrupted call is finished by the next.
+                    self._move(damaged, self._layout.damaged)
+                    self._point_to(self._rotation()[newest.name])
+                self._link_best(self._settled())
         return newest
+
+    def keep(self, name: str) -> None:
+        """Never delete this one as long as this attempt lives: it went on from it, so it is known to be good."""
+        self._source = name
+
+    def write_note(self, path: Path, value: Mapping[str, object]) -> None:
+        """Write a small JSON file beside the checkpoints, as the newest attempt.
+
+        Raises:
+            FencedError: a newer attempt has started.
+        """
+        with self._guard.owned():
+            self._guard.write_json(path, value)
 
     def rewind(self, keep: str | None) -> None:
         """Go back to checkpoint `keep` (None: to before the first): later ones move to superseded/, nothing is deleted.
@@ -157,7 +175,7 @@ class CheckpointStore(CheckpointReader):
                 known = ", ".join(entries) or "nothing"
                 raise CheckpointNotFoundError(f"{self._layout.checkpoints}: {keep} is not there any more; resume from another one: {known}")
             self._move(later, self._layout.superseded)
-            self._link_best(self._entries())
+            self._link_best(self._settled())
 
     def _commit(self, info: CheckpointInfo, write: Callable[[IO[bytes]], None], manifest: Mapping[str, Any]) -> None:
         began = time.monotonic()
@@ -176,12 +194,12 @@ class CheckpointStore(CheckpointReader):
                 "time": time.time(),
             }
             with self._guard.owned():
-                entries = self._entries()
+                entries = self._settled()
                 self._publish(draft, entries.get(info.name), content)
                 entries[info.name] = Entry(info, content)
                 if parse_checkpoint_name(info.name) is not None:
                     self._point_to(entries[info.name])
-                self._link_best(entries)
+                self._link_best(entries, info)
                 if parse_checkpoint_name(info.name) is not None:
                     self._delete(self._retention.surplus(_in_rotation(entries), self._protected({info.name})))
                 self._sweep()
@@ -195,6 +213,16 @@ class CheckpointStore(CheckpointReader):
         draft.publish()
         if before is not None:
             self._guard.write_json(manifest_path, content)
+
+    def _settled(self) -> dict[str, Entry]:
+        """Return all entries, after finishing what an interrupted save over one of them has left undecided."""
+        entries = self._entries()
+        for name, entry in entries.items():
+            if not entry.is_settled:
+                alone = {key: value for key, value in entry.manifest.items() if key != "replaces"}
+                self._guard.write_json(self._layout.checkpoints / manifest_name(name), alone)
+                entries[name] = Entry(entry.info, alone)
+        return entries
 
     def _sweep(self) -> None:
         """Delete manifests whose file is gone: of a commit or a deletion that was interrupted."""
@@ -217,7 +245,7 @@ class CheckpointStore(CheckpointReader):
     def _early_surplus(self, coming: CheckpointInfo) -> list[CheckpointInfo]:
         """Return what will be surplus once `coming` is there: not the pointer's target, nor the best one so far."""
         infos = [info for info in self.infos() if info.name != coming.name]
-        pointer = read_json(self._layout.latest) or {}
+        pointer = self._pointer([]) or {}
         best = self._retention.best(infos)[:1]
         protected = self._protected({str(pointer.get("file")), coming.name, *(info.name for info in best)})
         return self._retention.surplus([*infos, coming], protected)
@@ -225,43 +253,54 @@ class CheckpointStore(CheckpointReader):
     def _make_room(self, coming: CheckpointInfo) -> None:
         """Let what will be surplus go before the save, if there is no room for both.
 
-        Raises:
-            CheckpointSaveError: there is too little room all the same.
+        Whether there is enough then, the write itself finds out: this one may be smaller than the last one, and not every file
+        system tells the truth.
         """
-        expected = int((read_json(self._layout.latest) or {}).get("size_bytes", 0)) + _MARGIN_BYTES
-        free = _free_bytes(self._layout.checkpoints)
-        if free >= expected:
-            return
-        with self._guard.owned():
-            self._delete(self._early_surplus(coming))
-        free = _free_bytes(self._layout.checkpoints)
-        if free < expected:
-            raise CheckpointSaveError(
-                f"{self._layout.checkpoints}: the disk is too full for {coming.name}: {free / 1e6:.1f} MB are free, the last one took "
-                f"{expected / 1e6:.1f} MB; the checkpoints before it are intact: free some space (older runs, checkpoint.keep_last), "
-                "then submit again"
-            )
+        expected = int((self._pointer([]) or {}).get("size_bytes", 0)) + _MARGIN_BYTES
+        if _free_bytes(self._layout.checkpoints) < expected:
+            with self._guard.owned():
+                self._delete(self._early_surplus(coming))
 
     def _move(self, names: Collection[str], folder: Path) -> None:
         """Move checkpoints to another folder, with their manifests and those that an interrupted call has left alone."""
         there = set(os.listdir(self._layout.checkpoints))
         files = {name: f"{name.removesuffix('.json')}.pt" for name in there if name.endswith(".json")}
         alone = sorted(name for name, file in files.items() if parse_checkpoint_name(file) is not None and file not in there)
-        moving = [part for name in names for part in (name, manifest_name(name))] + alone
-        if moving:
+        if names or alone:
             make_private_directory(folder, follow_symlink=False)
-            for name in moving:
+            for name in names:
+                target = free_name(folder / name)
+                os.rename(self._layout.checkpoints / name, target)
+                os.rename(self._layout.checkpoints / manifest_name(name), target.with_name(manifest_name(target.name)))
+            for name in alone:
                 os.rename(self._layout.checkpoints / name, free_name(folder / name))
             sync_directory(folder)
             sync_directory(self._layout.checkpoints)
 
-    def _link_best(self, entries: Mapping[str, Entry]) -> None:
-        best = self._retention.best(entry.info for entry in entries.values())[:1]
-        target = self._layout.best
+    def _link_best(self, entries: Mapping[str, Entry], committed: CheckpointInfo | None = None) -> None:
+        """Let best_model.pt be the best one by the monitored metric; without one, what was last committed as the best."""
+        target, known = self._layout.best, self._best_manifest()
+        if self._retention.monitor is None:
+            best = [committed] if committed is not None and committed.is_best else []
+            stays = not best
+        else:
+            best = self._retention.best(entry.info for entry in entries.values())[: min(self._retention.keep_best, 1)]
+            stays = not best and known is None  # not ours
+        if stays:
+            return
+        manifest_path = target.with_name(manifest_name(target.name))
         if not best:
             target.unlink(missing_ok=True)
+            manifest_path.unlink(missing_ok=True)
             return
-        source = self._layout.checkpoints / best[0].name
+        entry = entries[best[0].name]
+        source = self._layout.checkpoints / entry.info.name
+        if known is None or known.get("digest") != entry.manifest["digest"] or not target.exists():
+            self._link(source, target)
+            self._guard.write_json(manifest_path, {**entry.manifest, "file": target.name})
+
+    def _link(self, source: Path, target: Path) -> None:
+        """Give a file a second name; a copy where the file system has no hard links."""
         # rename(2) does nothing, and leaves the new name behind, when both names are one file already.
         if target.exists() and target.samefile(source):
             return
@@ -303,6 +342,8 @@ def _in_rotation(entries: Mapping[str, Entry]) -> list[CheckpointInfo]:
 
 def _free_bytes(folder: Path) -> int:
     status = os.statvfs(folder)
+    if status.f_blocks == 0:  # it does not say
+        return sys.maxsize
     # What is reserved for root is free to root.
     return status.f_frsize * (status.f_bfree if os.geteuid() == 0 else status.f_bavail)
 

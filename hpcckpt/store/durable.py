@@ -73,7 +73,7 @@ class DigestingFile(io.RawIOBase):
 
 
 def make_private_directory(path: Path, *, follow_symlink: bool = True) -> None:
-    """Create a directory of mode 0700, parents included, or accept one that is ours.
+    """Create a directory of mode 0700, and parents as the umask has them, or accept one that is ours.
 
     Raises:
         RunDirectoryError: it cannot be made, is no directory, is a symlink that is not to be followed, or belongs to somebody else.
@@ -155,7 +155,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Write a small JSON object durably, with a checksum of itself; as `write_durably`."""
-    write_bytes(path, json.dumps({**value, _CHECKSUM: _checksum(value)}, indent=1).encode() + b"\n")
+    read_back = json.loads(json.dumps(value))  # keys that are numbers become strings
+    write_bytes(path, json.dumps({**read_back, _CHECKSUM: _checksum(read_back)}, indent=1).encode() + b"\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -187,15 +188,16 @@ def _checksum(value: Mapping[str, object]) -> str:
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[int]:
+def reading(path: Path, *, follow_symlink: bool = False) -> Iterator[int]:
     """Open a file and mark it as being read, for other processes' `is_being_read`; yields the descriptor.
 
-    Follows no symlink, and waits for no FIFO's writer. The mark is a shared flock: where there is none, there is no mark.
+    Waits for no FIFO's writer. The mark is a shared flock: where there is none, there is no mark.
 
     Raises:
         OSError: it cannot be opened.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+    descriptor = os.open(path, flags if follow_symlink else flags | os.O_NOFOLLOW)
     try:
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)

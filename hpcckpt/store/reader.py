@@ -26,6 +26,8 @@ class Entry:
 
     info: CheckpointInfo
     manifest: Mapping[str, Any]
+    # False behind an interrupted save over a file of the same name, until its manifest is written anew.
+    is_settled: bool = True
 
     @property
     def pointer(self) -> dict[str, Any]:
@@ -71,10 +73,10 @@ class CheckpointReader:
             CheckpointNotFoundError: there is none; the message lists those there are.
             CheckpointCorruptError: it is damaged.
         """
-        entries = self._entries()
+        entries = self._rotation()
         infos = self.infos()
         if best:
-            found = self._retention.best(entry.info for entry in entries.values())[:1]
+            found = self._retention.best(infos)[:1]
             known = "no checkpoint here has the metric checkpoint.monitor, or was saved as the best one"
         elif epoch is not None:
             found = [info for info in infos if info.epoch_finished and info.epoch == epoch]
@@ -86,7 +88,7 @@ class CheckpointReader:
             raise CheckpointNotFoundError(f"{asked}: {self._layout.checkpoints} has no such checkpoint; {known}")
         problem = self._problem(entries[found[0].name])
         if problem is not None:
-            raise CheckpointCorruptError(f"{asked}: {problem}; choose another one; {known}")
+            raise CheckpointCorruptError(f"{asked}: {problem.text}; choose another one; {known}")
         return found[0]
 
     def own(self, path: Path) -> CheckpointInfo | None:
@@ -118,9 +120,11 @@ class CheckpointReader:
         if path.name in entries:
             problem = self._problem(entries[path.name])
             if problem is not None:
-                raise CheckpointCorruptError(f"{problem}; choose another one")
-        elif path.name == self._layout.best.name and entries:
-            self.own(path)
+                raise CheckpointCorruptError(f"{problem.text}; choose another one")
+        elif path.name == self._layout.best.name and (manifest := self._best_manifest()) is not None:
+            problem = self._problem_of(path.name, manifest)
+            if problem is not None:
+                self.own(path)  # a crash between the file and its manifest
 
     def names(self) -> list[str]:
         """Return the names of all checkpoints, those of the user's own among them."""
@@ -147,7 +151,7 @@ class CheckpointReader:
         for problem in look.problems:
             report(problem)
         damaged += look.damaged
-        if look.newest is None and (look.damaged or look.pointer is not None):
+        if look.newest is None and (look.problems or look.pointer is not None):
             raise CheckpointCorruptError(
                 f"{self._layout.checkpoints}: no checkpoint here is intact; submit with resume.from=none to begin anew "
                 "(what is there moves to superseded/), or with resume.from=PATH"
@@ -168,8 +172,8 @@ class CheckpointReader:
             problem = self._problem(entries[name])
             if problem is None:
                 return _Look(pointer, entries[name].info, problems, damaged)
-            problems.append(problem)
-            damaged.append(name)
+            problems.append(problem.text)
+            damaged += [name] if problem.is_damage else []
         return _Look(pointer, None, problems, damaged)
 
     def _pointer(self, problems: list[str]) -> dict[str, Any] | None:
@@ -193,7 +197,7 @@ class CheckpointReader:
         return {entry.info.name: entry for name in sorted(names) for entry in self._entry(name, names)}
 
     def _entry(self, name: str, names: set[str]) -> Iterator[Entry]:
-        if manifest_name(name) not in names:
+        if manifest_name(name) not in names or name == self._layout.best.name:
             return
         with contextlib.suppress(CheckpointError, ValueError, TypeError, AttributeError, KeyError, OverflowError):
             manifest = read_json(self._layout.checkpoints / manifest_name(name)) or {}
@@ -201,28 +205,44 @@ class CheckpointReader:
             # An interrupted save over a file of the same name: the bytes say which of the two manifests is theirs.
             if replaced is not None and self._problem_of(name, manifest) is not None:
                 manifest = replaced
+            is_settled = replaced is None
             if manifest["file"] != name:
                 return
             metrics = {str(key): float(value) for key, value in manifest["metrics"].items()}
             step, epoch = int(manifest["step"]), int(manifest["epoch"])
             finished, is_best = bool(manifest["epoch_finished"]), bool(manifest.get("is_best", False))
-            yield Entry(CheckpointInfo(name, epoch, step, finished, metrics, is_best), manifest)
+            yield Entry(CheckpointInfo(name, epoch, step, finished, metrics, is_best), manifest, is_settled)
 
-    def _problem(self, entry: Entry) -> str | None:
+    def _best_manifest(self) -> dict[str, Any] | None:
+        """Return what is known of best_model.pt; None where it is not ours."""
+        with contextlib.suppress(CheckpointCorruptError):
+            return read_json(self._layout.best.with_name(manifest_name(self._layout.best.name)))
+        return None
+
+    def _problem(self, entry: Entry) -> "_Problem | None":
         """Return what is wrong with a checkpoint's bytes, None if nothing is."""
         return self._problem_of(entry.info.name, entry.manifest)
 
-    def _problem_of(self, name: str, manifest: Mapping[str, Any]) -> str | None:
+    def _problem_of(self, name: str, manifest: Mapping[str, Any]) -> "_Problem | None":
         path = self._layout.checkpoints / name
         try:
             size_bytes, digest = file_digest(path)
         except OSError as error:
-            return f"{path} cannot be read ({error.strerror})"
+            # Of a file that cannot be read nothing is known: the next look may find it good.
+            return _Problem(f"{path} cannot be read ({error.strerror})", is_damage=False)
         if size_bytes != manifest.get("size_bytes"):
-            return f"{path} has {size_bytes} bytes, but {manifest.get('size_bytes')} were committed"
+            return _Problem(f"{path} has {size_bytes} bytes, but {manifest.get('size_bytes')} were committed", is_damage=True)
         if digest != manifest.get("digest"):
-            return f"{path} is damaged: its digest is not the one that was committed"
+            return _Problem(f"{path} is damaged: its digest is not the one that was committed", is_damage=True)
         return None
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Why a checkpoint is passed over, and whether it is known to be bad."""
+
+    text: str
+    is_damage: bool
 
 
 def _known(what: str, numbers: list[int]) -> str:

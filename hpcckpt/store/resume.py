@@ -10,7 +10,7 @@ from typing import Any
 
 from hpcckpt.config import ResumeConfig
 from hpcckpt.errors import CheckpointNotFoundError
-from hpcckpt.layout import RunLayout
+from hpcckpt.layout import RunLayout, parse_checkpoint_name
 from hpcckpt.policy import CheckpointInfo
 from hpcckpt.store.checkpoints import CheckpointStore, free_name
 from hpcckpt.store.durable import read_json, write_json
@@ -31,7 +31,7 @@ def ask(layout: RunLayout, store: CheckpointStore, resume: ResumeConfig) -> None
         return
     _target(store, resume)
     # A job may have another working directory.
-    source = resume.from_ if resume.from_ in _WORDS else str(Path(resume.from_).absolute())
+    source = resume.from_ if resume.from_ in _WORDS else str(Path(resume.from_).expanduser().resolve())
     asked = {"from": source, "epoch": resume.epoch, "step": resume.step, "weights_only": resume.weights_only, "strict": resume.strict}
     write_json(layout.resume_request, {"state": "asked", **asked})
 
@@ -69,10 +69,10 @@ def apply(layout: RunLayout, store: CheckpointStore) -> dict[str, Any] | None:
         elif target is not None:
             keep = target.name
         request |= {"state": "decided", "keep": keep, "origin": origin}
-        write_json(layout.resume_request, request)
+        store.write_note(layout.resume_request, request)
     store.rewind(request["keep"])
     request |= {"state": "applied"}
-    write_json(layout.resume_request, request)
+    store.write_note(layout.resume_request, request)
     return request
 
 
@@ -90,7 +90,9 @@ def _target(store: CheckpointStore, resume: ResumeConfig) -> CheckpointInfo | Pa
         if newest is None:
             raise CheckpointNotFoundError("resume.weights_only=true: this run has no checkpoint yet; give resume.from=PATH")
         return newest
-    path = Path(resume.from_).absolute()
+    path = Path(resume.from_).expanduser().resolve()
     if not path.is_file():
         raise CheckpointNotFoundError(f"resume.from={resume.from_}: there is no such file; give latest, best, none or a checkpoint's path")
-    return store.own(path) or path  # a file of the run's own is gone back to, where the rewind would move it away
+    # A file of the run's own is gone back to, where the rewind would move it away; one under another name stays where it is.
+    own = store.own(path)
+    return path if own is None or parse_checkpoint_name(own.name) is None else own

@@ -76,6 +76,13 @@ def test_a_model_that_does_not_fit_on_one_rank_is_an_error_on_every_rank(faults)
         assert faults[rank]["misfit"].startswith("RankFailedError: rank 1 failed: CheckpointMismatchError")
 
 
+def test_an_object_without_state_on_some_ranks_is_an_error_on_every_rank(faults):
+    assert faults[0]["tracked"].startswith("RankFailedError: rank 1 failed: UsageError: ")
+    for rank in (1, 2):
+        assert faults[rank]["tracked"].startswith("UsageError: ")
+    assert on_all(faults, "metric") == ["UsageError: metrics: loss is a str, not a number; leave it out, or give its mean, say"] * 3
+
+
 def test_numbers_that_are_not_the_process_groups_are_refused(faults):
     assert on_all(faults, "numbers") == [
         f"UsageError: rank {rank} of 4: torch.distributed says rank {rank} of 3; give its numbers" for rank in range(3)

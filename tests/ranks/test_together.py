@@ -31,6 +31,12 @@ def test_an_error_that_cannot_be_sent_arrives_by_its_text(lines):
     assert on_all(lines, "foreign") == ["OddError: 1 2"] + ["RankFailedError: rank 0 failed: OddError: 1 2"] * 2
 
 
+def test_what_cannot_be_sent_leaves_nobody_waiting(lines):
+    assert on_all(lines, "unsendable")[0].startswith("ValueError: <function")
+    assert all(line.startswith("RankFailedError: rank 0 failed: ValueError: <function") for line in on_all(lines, "unsendable")[1:])
+    assert on_all(lines, "unsendable-value") == ["RankFailedError"] * 3
+
+
 def test_one_ranks_failure_at_something_done_together_is_named_on_the_others(lines):
     assert on_all(lines, "together") == [
         "RankFailedError: rank 1 failed: ValueError: bad file",

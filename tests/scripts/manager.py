@@ -69,6 +69,8 @@ if phase == "faults":
     print("missing", outcome(lambda: manager.load(model, optimizer, filepath="gone.pt")))
     print("name", outcome(lambda: manager.save(model, optimizer, 1, filename="../x.pt")))
     print("misfit", outcome(lambda: manager.load(nn.Linear(1, 1) if rank == 1 else model)))
+    print("tracked", outcome(lambda: manager.save(model, optimizer, 1, scheduler=None if rank == 0 else object())))
+    print("metric", outcome(lambda: manager.save(model, optimizer, 1, {"loss": "low"})))
     print("numbers", outcome(lambda: hpcckpt.DDPCheckpointManager(folder, rank, world_size + 1)))
     if rank == 0:
         path = folder / "checkpoint_epoch0000.pt"

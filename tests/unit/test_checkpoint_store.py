@@ -104,6 +104,7 @@ def test_the_names_come_in_the_order_of_the_guarantee(layout, monkeypatch):
         "rename latest.json",
         "link .tmp",
         "rename best_model.pt",
+        "rename best_model.pt.json",
         "unlink checkpoint_epoch0000.pt",
         "unlink checkpoint_epoch0000.json",
     ]
@@ -180,7 +181,7 @@ def test_retention_keeps_the_last_and_the_best_also_in_a_new_process(layout):
     assert kept[-1] == [name_of(1), name_of(4), name_of(5)]
     assert kept[2] == [name_of(1), name_of(2)]
     assert sorted(path.stem for path in layout.checkpoints.glob("*.json")) == [
-        *("checkpoint_epoch0001", "checkpoint_epoch0004", "checkpoint_epoch0005", "generation", "latest")
+        *("best_model.pt", "checkpoint_epoch0001", "checkpoint_epoch0004", "checkpoint_epoch0005", "generation", "latest")
     ]
 
 

@@ -178,7 +178,7 @@ def test_an_epoch_can_be_superseded_twice(layout, three):
     assert (layout.superseded / "checkpoint_epoch0002.pt").read_bytes() == b"epoch 2"
     assert (layout.superseded / "checkpoint_epoch0002.pt.1").read_bytes() == b"the second"
     digest = "sha256:" + hashlib.sha256(b"the second").hexdigest()
-    assert json.loads((layout.superseded / "checkpoint_epoch0002.json.1").read_text())["digest"] == digest
+    assert json.loads((layout.superseded / "checkpoint_epoch0002.pt.1.json").read_text())["digest"] == digest
 
 
 def test_a_rewind_to_what_is_not_there_any_more_is_refused_and_moves_nothing(layout, three):

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from hpcckpt.errors import CheckpointCorruptError, CheckpointSaveError, RunDirectoryError
+from hpcckpt.errors import CheckpointCorruptError, CheckpointSaveError, FencedError, RunDirectoryError
 from hpcckpt.layout import RunLayout, manifest_name
 from hpcckpt.policy import Retention
-from hpcckpt.store import checkpoints, guard
+from hpcckpt.store import guard
 from hpcckpt.store.checkpoints import CheckpointStore
 from hpcckpt.store.durable import file_digest, is_being_read, read_json, reading
 from support.checkpoints import BEST, claimed, commit, files, name_of, newest
@@ -42,7 +42,7 @@ def free_bytes(monkeypatch, amounts):
 
     def statvfs(_path):
         free = left.pop(0) if len(left) > 1 else left[0]
-        return SimpleNamespace(f_frsize=1, f_bfree=free, f_bavail=free)
+        return SimpleNamespace(f_frsize=1, f_blocks=10**12, f_bfree=free, f_bavail=free)
 
     monkeypatch.setattr(os, "statvfs", statvfs)
 
@@ -68,17 +68,26 @@ def test_where_there_is_none_what_the_policy_allows_goes_first(layout, monkeypat
     assert epochs_of(layout) == [1, 2]
 
 
-def test_where_that_is_not_enough_the_error_says_how_much_is_missing_and_what_is_there_is_intact(layout, monkeypatch):
+def test_neither_the_best_one_nor_the_pointers_goes_first_and_a_smaller_one_may_fit_all_the_same(layout, monkeypatch):
     store = claimed(layout, BEST)
     for epoch in range(4):
         commit(store, epoch, loss=float(epoch))
     assert epochs_of(layout) == [0, 2, 3]
     free_bytes(monkeypatch, [1000])
-    with pytest.raises(CheckpointSaveError, match=r"too full for checkpoint_epoch0004\.pt: 0\.0 MB are free, the last one took 0\.3 MB"):
-        commit(store, 4, loss=9.0)
-    # Not the best one, and not the pointer's.
-    assert epochs_of(layout) == [0, 3]
-    assert newest(layout) == (name_of(3), [])
+    seen = []
+    store.commit(4, 50, epoch_finished=True, write=lambda _file: seen.append(epochs_of(layout)), manifest={"metrics": {"loss": 9.0}})
+    assert seen == [[0, 3]]
+    assert epochs_of(layout) == [0, 3, 4]
+
+
+def test_a_file_system_that_does_not_say_how_large_it_is_is_not_taken_to_be_full(layout, monkeypatch):
+    store = claimed(layout, Retention(keep_last=2))
+    commit(store, 0)
+    commit(store, 1)
+    monkeypatch.setattr(os, "statvfs", lambda _path: SimpleNamespace(f_frsize=0, f_blocks=0, f_bfree=0, f_bavail=0))
+    seen = []
+    store.commit(2, 30, epoch_finished=True, write=lambda _file: seen.append(epochs_of(layout)), manifest={"metrics": {}})
+    assert seen == [[0, 1]]
 
 
 def test_room_that_only_the_write_shows_to_be_missing_is_made_in_the_same_way(layout):
@@ -205,6 +214,24 @@ def test_a_pointer_that_is_damaged_is_written_anew_and_nothing_is_moved(layout):
     assert not layout.damaged.exists()
 
 
+def test_a_file_that_cannot_be_read_for_once_is_passed_over_and_stays(layout, monkeypatch):
+    store = claimed(layout)
+    for epoch in range(2):
+        commit(store, epoch)
+    real, failed = os.open, []
+
+    def failing(path, *arguments, **options):
+        if str(path).endswith(name_of(1)) and not failed:
+            failed.append(path)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", failing)
+    assert recovered(claimed(layout))[0] == name_of(0)
+    assert not layout.damaged.exists()
+    assert epochs_of(layout) == [0, 1]
+
+
 def test_where_all_are_damaged_none_is_moved(layout):
     store = claimed(layout)
     commit(store, 0)
@@ -232,7 +259,7 @@ def test_an_epoch_can_be_damaged_twice(layout):
         commit(store, 1)
         (layout.checkpoints / name_of(1)).write_bytes(content)
         recovered(store)
-    assert {path.read_bytes() for path in layout.damaged.glob("*.pt*")} == {b"first", b"second"}
+    assert {path.read_bytes() for path in layout.damaged.iterdir() if path.suffix != ".json"} == {b"first", b"second"}
 
 
 # One directory, two runs
@@ -240,11 +267,12 @@ def test_an_epoch_can_be_damaged_twice(layout):
 HOLD = """
 import sys
 from pathlib import Path
+from hpcckpt.store import guard
 from hpcckpt.layout import RunLayout
 from hpcckpt.policy import Retention
 from hpcckpt.store.checkpoints import CheckpointStore
 store = CheckpointStore(RunLayout(Path(sys.argv[1])), Retention())
-store.claim(sys.argv[2], int(sys.argv[3]))
+store.claim(sys.argv[2], [int(sys.argv[3])])
 print("claimed", flush=True)
 sys.stdin.read()
 """
@@ -265,20 +293,76 @@ def live_run(layout, environ):
 def test_a_second_run_is_refused_with_the_first_ones_job_id_and_changes_nothing(layout, monkeypatch):
     monkeypatch.setattr(guard, "ATTEMPT_TIMEOUT_S", 0.2)
     before = (layout.generation.read_bytes(), files(layout))
-    for job_id, restart_count in (("8", 0), (None, None), ("7", 1)):
+    for job_id, incarnation in (("8", (0,)), ("8", (2,)), (None, ()), ("7", (1,)), ("7", (0,))):
         with pytest.raises(RunDirectoryError, match=r"job 7 on .* is running in this directory; wait for it, end it, or choose another"):
-            CheckpointStore(layout, BEST).claim(job_id, restart_count)
+            CheckpointStore(layout, BEST).claim(job_id, incarnation)
     assert (layout.generation.read_bytes(), files(layout)) == before
 
 
 @pytest.mark.usefixtures("live_run")
 def test_the_next_start_of_the_same_job_takes_over_from_one_that_is_lost(layout):
-    assert CheckpointStore(layout, BEST).claim("7", 2) == 2
+    assert CheckpointStore(layout, BEST).claim("7", (2,)) == 2
+
+
+def test_an_earlier_start_that_comes_late_is_refused_also_when_the_later_one_is_gone(layout, live_run, monkeypatch):
+    monkeypatch.setattr(guard, "ATTEMPT_TIMEOUT_S", 0.1)
+    with pytest.raises(RunDirectoryError):
+        CheckpointStore(layout, BEST).claim("7", (0,))
+    live_run.kill()
+    live_run.wait()
+    with pytest.raises(FencedError, match=r"start \[0\] of job 7 comes too late: start \[1\] has claimed it"):
+        CheckpointStore(layout, BEST).claim("7", (0,))
+
+
+def test_who_took_over_without_the_lock_has_it_once_it_is_given_back(layout, live_run, environ):
+    store = CheckpointStore(layout, BEST)
+    store.claim("7", (2,))
+    live_run.kill()
+    live_run.wait()
+    commit(store, 0)
+    command = [sys.executable, "-c", HOLD.replace("store.claim", "guard.ATTEMPT_TIMEOUT_S = 0.1; store.claim"), str(layout.root), "8", "0"]
+    other = subprocess.run(command, env=environ(), input="", capture_output=True, text=True, check=False)
+    assert "is running in this directory" in other.stderr
+
+
+def test_an_attempt_whose_number_was_lost_is_not_taken_for_the_one_that_got_it_again(layout):
+    old = claimed(layout)
+    layout.generation.unlink()
+    new = claimed(layout)
+    commit(new, 0)
+    with pytest.raises(FencedError):
+        commit(old, 1)
+    assert newest(layout) == (name_of(0), [])
+
+
+def test_an_overtaken_attempt_that_meets_a_full_disk_deletes_nothing(layout):
+    old = claimed(layout, Retention(keep_last=2))
+    commit(old, 0)
+    commit(old, 1)
+
+    def write(_file):
+        claimed(layout, Retention(keep_last=2))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(FencedError):
+        old.commit(2, 30, epoch_finished=True, write=write, manifest={"metrics": {}})
+    assert epochs_of(layout) == [0, 1]
+
+
+def test_a_full_disk_at_the_claim_is_told_and_lets_the_directory_go(layout, monkeypatch):
+    def fail(*_arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(guard, "write_json", fail)
+        with pytest.raises(RunDirectoryError, match=r"cannot be claimed \(No space left on device\)"):
+            claimed(layout)
+    assert layout.checkpoints not in {path for _, path in guard._held}
 
 
 def test_a_run_that_was_killed_is_in_nobodys_way(layout, live_run):
     live_run.kill()
-    assert CheckpointStore(layout, BEST).claim("8", 0) == 2
+    assert CheckpointStore(layout, BEST).claim("8", (0,)) == 2
 
 
 def test_a_run_that_is_released_is_in_nobodys_way_while_its_process_lives(layout, environ):
@@ -293,7 +377,7 @@ def test_a_run_that_is_released_is_in_nobodys_way_while_its_process_lives(layout
 @pytest.mark.usefixtures("live_run")
 def test_without_locking_the_generation_alone_decides(layout):
     store = CheckpointStore(layout, BEST, locking="off")
-    assert store.claim("8", 0) == 2
+    assert store.claim("8", (0,)) == 2
     commit(store, 0)
     assert newest(layout) == (name_of(0), [])
 
@@ -328,14 +412,17 @@ def test_a_manifest_that_was_written_before_its_file_does_not_damage_the_one_tha
     assert "replaces" not in json.loads((layout.checkpoints / manifest_name(name_of(0))).read_text())
 
 
-@pytest.mark.parametrize("margin", [0, 1])
-def test_the_margin_is_what_decides(layout, monkeypatch, margin):
+def test_a_save_that_was_interrupted_within_its_two_names_is_settled_once(layout, monkeypatch):
     store = claimed(layout)
-    path = commit(store, 0)
-    enough = path.stat().st_size + checkpoints._MARGIN_BYTES
-    free_bytes(monkeypatch, [enough - margin])
-    if margin:
+    commit(store, 0, content=b"old")
+
+    def fail(_draft):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hpcckpt.store.durable.Draft.publish", fail)
         with pytest.raises(CheckpointSaveError):
-            commit(store, 1)
-    else:
-        commit(store, 1)
+            commit(store, 0, content=b"new")
+    commit(store, 1)
+    assert "replaces" not in json.loads((layout.checkpoints / manifest_name(name_of(0))).read_text())
+    assert [info.epoch for info in store.infos()] == [0, 1]

@@ -40,6 +40,7 @@ def refused(key: str, value: object) -> str:
         ("slurm.mem_gb", float("inf"), "must be above 0"),
         ("checkpoint.keep_last", 1, "must be at least 2"),
         ("checkpoint.keep_best", -1, "must be at least 0"),
+        ("checkpoint.locking", "none", "is not one of flock, off"),
         ("checkpoint.every_epochs", 0, "must be at least 1"),
         ("checkpoint.every_steps", 0, "must be at least 1"),
         ("checkpoint.every_steps", -5, "must be at least 1"),
@@ -198,3 +199,11 @@ def test_what_is_no_value_of_an_option_is_refused(value: object) -> None:
 @pytest.mark.parametrize("value", [True, 0, 1.5, "", "user"], ids=repr)
 def test_text_numbers_and_true_are_values_of_an_option(value: object) -> None:
     assert parsed("slurm.extra", {"exclusive": value}).slurm.extra == {"exclusive": value}
+
+
+def test_a_monitor_without_a_best_one_to_keep_is_refused() -> None:
+    assert refused("checkpoint", {"monitor": "loss", "keep_best": 0}).startswith("checkpoint.keep_best: 0 would delete")
+
+
+def test_a_part_of_the_weights_is_no_place_to_go_on_from() -> None:
+    assert refused("resume", {"strict": False}).startswith("resume.strict=false goes with resume.weights_only=true")

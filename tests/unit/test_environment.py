@@ -24,7 +24,7 @@ SRUN = {
 }
 IN_SRUN = TaskEnvironment(
     "slurm", rank=5, local_rank=1, node_rank=2, world_size=7, local_world_size=2, num_nodes=4, job_id="123", restart_count=0,
-    first_host="gpu07",
+    incarnation=(0,), first_host="gpu07",
 )  # fmt: skip
 BATCH = {"SLURM_JOB_ID": "9", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "1", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "n1"}
 LOCAL = {
@@ -36,8 +36,9 @@ LOCAL = {
 }
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1", "MASTER_ADDR": "head"}
 IN_TORCHRUN = TaskEnvironment(
-    "torchrun", rank=5, local_rank=1, node_rank=1, world_size=8, local_world_size=4, num_nodes=2, restart_count=0, first_host="head"
-)
+    "torchrun", rank=5, local_rank=1, node_rank=1, world_size=8, local_world_size=4, num_nodes=2, restart_count=0,
+    incarnation=(0, 0), first_host="head",
+)  # fmt: skip
 
 
 def changed(task: TaskEnvironment, **values: object) -> TaskEnvironment:
@@ -50,7 +51,7 @@ def changed(task: TaskEnvironment, **values: object) -> TaskEnvironment:
         pytest.param({}, TaskEnvironment("single"), id="nothing set"),
         pytest.param({"RANK": "3", "PATH": "/bin"}, TaskEnvironment("single"), id="RANK without WORLD_SIZE"),
         pytest.param(SRUN, IN_SRUN, id="srun, uneven nodes"),
-        pytest.param(SRUN | {"SLURM_RESTART_COUNT": "2"}, changed(IN_SRUN, restart_count=2), id="requeued twice"),
+        pytest.param(SRUN | {"SLURM_RESTART_COUNT": "2"}, changed(IN_SRUN, restart_count=2, incarnation=(2,)), id="requeued twice"),
         pytest.param(SRUN | {"SLURM_ARRAY_JOB_ID": "120", "SLURM_ARRAY_TASK_ID": "4"}, changed(IN_SRUN, job_id="120_4"), id="array task"),
         pytest.param(SRUN | {"SLURM_STEP_ID": "3"}, changed(IN_SRUN, step_id="3"), id="a later step"),
         pytest.param(
@@ -60,18 +61,31 @@ def changed(task: TaskEnvironment, **values: object) -> TaskEnvironment:
             changed(IN_SRUN, first_host="gpu12"),
             id="a step smaller than its job",
         ),
-        pytest.param(BATCH, TaskEnvironment("slurm", job_id="9", restart_count=0, first_host="n1"), id="batch script of one task"),
+        pytest.param(
+            BATCH, TaskEnvironment("slurm", job_id="9", restart_count=0, incarnation=(0,), first_host="n1"), id="batch script of one task"
+        ),
         pytest.param(
             {"SLURM_JOB_ID": "9", "SLURM_TASKS_PER_NODE": "16"},
-            TaskEnvironment("slurm", job_id="9", restart_count=0),
+            TaskEnvironment("slurm", job_id="9", restart_count=0, incarnation=(0,)),
             id="batch script without --ntasks, where the variable counts CPUs",
         ),
         pytest.param(
             LOCAL, TaskEnvironment("local", rank=2, local_rank=2, world_size=3, local_world_size=3, job_id="77"), id="submitit local"
         ),
         pytest.param(TORCHRUN, IN_TORCHRUN, id="torchrun"),
-        pytest.param({"RANK": "1", "WORLD_SIZE": "2"}, TaskEnvironment("torchrun", 1, 1, 0, 2, 2, 1, None, 0), id="by hand, two numbers"),
-        pytest.param(TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "1"}, changed(IN_TORCHRUN, restart_count=1), id="torchrun restarted"),
+        pytest.param(
+            {"RANK": "1", "WORLD_SIZE": "2"}, TaskEnvironment("torchrun", 1, 1, 0, 2, 2, 1, None, 0, (0, 0)), id="by hand, two numbers"
+        ),
+        pytest.param(
+            TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "1"},
+            changed(IN_TORCHRUN, restart_count=1, incarnation=(0, 1)),
+            id="torchrun restarted",
+        ),
+        pytest.param(
+            SRUN | TORCHRUN | {"SLURM_RESTART_COUNT": "1"},
+            changed(IN_TORCHRUN, job_id="123", incarnation=(1, 0)),
+            id="torchrun in a requeued job",
+        ),
         pytest.param(SRUN | TORCHRUN, changed(IN_TORCHRUN, job_id="123"), id="torchrun inside of Slurm"),
         pytest.param(
             SRUN | LOCAL,

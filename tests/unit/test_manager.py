@@ -5,7 +5,9 @@ import logging
 import random
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -141,7 +143,7 @@ def test_a_name_of_ones_own_is_kept_beside_the_others(tmp_path):
     manager = DDPCheckpointManager(tmp_path / "c", 0, 1, keep_last=2)
     model, optimizer, _ = trained()
     assert manager.save(model, optimizer, 0, filename="latest.pt") == str(tmp_path / "c" / "latest.pt")
-    with pytest.raises(CheckpointNotFoundError, match=r"names of your own only \(latest\.pt\); give one of them as filepath"):
+    with pytest.raises(CheckpointNotFoundError, match=r"under other names only \(latest\.pt\); give one of them as filepath"):
         manager.load(model, optimizer)
     for epoch in range(1, 5):
         manager.save(model, optimizer, epoch)
@@ -174,6 +176,12 @@ def test_a_name_of_ones_own_may_be_the_best(manager):
         "best_model.pt",
         "superseded",
         "x.json",
+        "x.lock",
+        "latest",
+        "generation",
+        "checkpoint_epoch0003",
+        "a\nb.pt",
+        "a\0b.pt",
         "checkpoint_epoch0007.pt",
     ],
 )
@@ -205,12 +213,30 @@ def test_loading_alone_interferes_with_no_run(manager, tmp_path):
     manager.save(model, optimizer, 1)
 
 
-def test_a_newer_manager_fences_off_the_older_one(manager, tmp_path):
+def test_two_managers_of_one_process_share_a_directory(manager, tmp_path):
     model, optimizer, _ = trained()
     manager.save(model, optimizer, 0)
-    DDPCheckpointManager(tmp_path / "checkpoints", 0, 1).save(model, optimizer, 1)
+    second = DDPCheckpointManager(tmp_path / "checkpoints", 0, 1)
+    second.save(model, optimizer, 1)
+    manager.save(model, optimizer, 2)
+    assert second.load(model, optimizer)[0] == 2
+
+
+def test_a_manager_within_a_run_leaves_the_run_its_directory(manager, tmp_path):
+    run = CheckpointStore(RunLayout(tmp_path), Retention())
+    run.claim("7", (0,))
+    manager.save(*trained()[:2], 0, filename="ema.pt")
+    run.refuse_if_fenced()
+
+
+def test_a_newer_attempt_of_another_process_fences_it_off(manager, tmp_path, environ):
+    model, optimizer, _ = trained()
+    manager.save(model, optimizer, 0)
+    code = "import sys; from pathlib import Path; from hpcckpt.layout import RunLayout; from hpcckpt.policy import Retention; "
+    code += "from hpcckpt.store.checkpoints import CheckpointStore as S; S(RunLayout(Path(sys.argv[1])), Retention(), 'off').claim(None)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=environ(), check=True)
     with pytest.raises(FencedError, match="took over"):
-        manager.save(model, optimizer, 2)
+        manager.save(model, optimizer, 1)
 
 
 SAVE = """
@@ -314,3 +340,203 @@ def test_the_store_of_a_run_reads_its_folder(manager, tmp_path):
     model, optimizer, _ = trained()
     manager.save(model, optimizer, 7)
     assert CheckpointStore(RunLayout(tmp_path), Retention()).find("epoch 7", epoch=7).name == "checkpoint_epoch0007.pt"
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (np.mean([0.25, 0.75]), 0.5),
+        (np.float32(0.5), 0.5),
+        (torch.tensor(0.5), 0.5),
+        (torch.tensor([0.5], requires_grad=True), 0.5),
+        (3, 3.0),
+        (True, 1.0),
+    ],
+    ids=str,
+)
+def test_what_is_a_number_is_a_plain_one_in_the_file(manager, given, kept):
+    model, optimizer, _ = trained()
+    manager.save(model, optimizer, 0, {"loss": given})
+    assert manager.load(model, optimizer) == (0, {"loss": kept})
+    assert type(torch.load(manager.checkpoint_dir / "checkpoint_epoch0000.pt", weights_only=True)["metrics"]["loss"]) is float
+
+
+@pytest.mark.parametrize("value", [None, "low", [0.1, 0.2], {"a": 1}, torch.zeros(2)], ids=str)
+def test_a_metric_that_is_no_number_is_refused_before_anything_is_written(manager, value):
+    model, optimizer, _ = trained()
+    manager.save(model, optimizer, 0, {"loss": 1.0})
+    with pytest.raises(UsageError, match=r"metrics: loss is a .*, not a number"):
+        manager.save(model, optimizer, 1, {"loss": value})
+    assert manager.load(model, optimizer)[0] == 0
+
+
+def test_metrics_by_number_are_found_again(manager):
+    model, optimizer, _ = trained()
+    manager.save(model, optimizer, 0, {number: float(number) for number in range(12)})
+    assert manager.load(model, optimizer)[1]["11"] == 11.0
+
+
+@pytest.mark.parametrize("epoch", [np.int64(3), torch.tensor(3)], ids=repr)
+def test_a_whole_number_of_any_kind_is_an_epoch(manager, epoch):
+    manager.save(*trained()[:2], epoch)
+    assert manager.load(*trained()[:2])[0] == 3
+
+
+@pytest.mark.parametrize("epoch", [-1, 3.0, "3", None, True], ids=repr)
+def test_what_is_no_epoch_is_refused(manager, epoch):
+    with pytest.raises(UsageError, match="epoch="):
+        manager.save(*trained()[:2], epoch)
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [(1, 1), (-1, 1), (5, 2), (0, 0)])
+def test_a_rank_outside_its_world_is_refused(tmp_path, rank, world_size):
+    with pytest.raises(UsageError, match="ranks count from 0 to world_size - 1"):
+        DDPCheckpointManager(tmp_path, rank, world_size)
+
+
+@pytest.mark.parametrize("arguments", [{"keep_last": 1}, {"keep_last": 0}, {"locking": "none"}], ids=str)
+def test_an_argument_that_cannot_be_meant_is_refused(tmp_path, arguments):
+    with pytest.raises(UsageError, match="|".join(arguments)):
+        DDPCheckpointManager(tmp_path, 0, 1, **arguments)
+
+
+def test_the_best_stays_until_another_one_is_said_to_be(manager):
+    model, optimizer, _ = trained()
+    for epoch in range(3):
+        manager.save(model, optimizer, epoch, {"loss": float(epoch)}, is_best=epoch == 2)
+    manager.save(model, optimizer, 2, {"loss": 9.0})
+    assert manager.load(model, optimizer, load_best=True) == (2, {"loss": 2.0})
+    manager.save(model, optimizer, 1, {"loss": 0.5}, is_best=True)
+    assert manager.load(model, optimizer, load_best=True) == (1, {"loss": 0.5})
+
+
+def test_a_damaged_best_one_is_refused(manager):
+    manager.save(*trained()[:2], 0, is_best=True)
+    best = manager.checkpoint_dir / "best_model.pt"
+    content = best.read_bytes()
+    best.unlink()
+    best.write_bytes(content[:-1])
+    with pytest.raises(CheckpointCorruptError, match="damaged"):
+        manager.load(trained()[0], load_best=True)
+
+
+def test_going_back_moves_what_came_later_away(manager, caplog):
+    model, optimizer, _ = trained()
+    for epoch in range(4):
+        manager.save(model, optimizer, epoch)
+    manager.load(model, optimizer, filepath="checkpoint_epoch0001.pt")
+    with caplog.at_level(logging.WARNING, "hpcckpt"):
+        manager.save(model, optimizer, 2)
+    assert "went back to epoch 2; moved to" in caplog.text
+    assert sorted(path.name for path in manager.checkpoint_dir.glob("checkpoint_*.pt")) == [
+        "checkpoint_epoch0000.pt",
+        "checkpoint_epoch0001.pt",
+        "checkpoint_epoch0002.pt",
+    ]
+    assert (manager.checkpoint_dir / "superseded" / "checkpoint_epoch0003.pt").exists()
+
+
+def test_a_best_model_of_another_script_stays(tmp_path):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "best_model.pt").write_bytes(b"precious")
+    manager = DDPCheckpointManager(tmp_path / "c", 0, 1)
+    manager.save(*trained()[:2], 0)
+    assert (tmp_path / "c" / "best_model.pt").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("name", ["checkpoint_epoch_3.pt", "model.pth", "last.ckpt", "best_model.pt"])
+def test_a_directory_of_files_that_are_not_understood_is_not_taken_to_be_empty(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(CheckpointNotFoundError, match=f"under other names only .{name}"):
+        DDPCheckpointManager(tmp_path, 0, 1).load(*trained()[:2])
+
+
+@pytest.mark.parametrize("generators", [torch.zeros(5056, dtype=torch.uint8), None, {"a": 1}, [torch.zeros(3)], "x"], ids=type)
+def test_generators_of_other_scripts_are_left_alone(tmp_path, caplog, generators):
+    model, optimizer, _ = trained()
+    content = {"epoch": 1, "model_state_dict": model.state_dict(), "optimizer_state_dict": optimizer.state_dict(), "rng_state": generators}
+    torch.save(content, tmp_path / "x.pt")
+    with caplog.at_level(logging.WARNING, "hpcckpt"):
+        assert DDPCheckpointManager(tmp_path, 0, 1).load(model, optimizer, filepath=tmp_path / "x.pt") == (1, {})
+    assert "of 0 ranks, and there are 1" in caplog.text
+
+
+@pytest.mark.parametrize("epoch", ["3", 3.0, [1]], ids=repr)
+def test_a_file_whose_epoch_is_none_is_refused_before_anything_is_loaded(tmp_path, epoch):
+    model, _, _ = trained()
+    torch.save({"epoch": epoch, "model_state_dict": model.state_dict()}, tmp_path / "x.pt")
+    other, _, _ = trained(seed=4)
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    with pytest.raises(CheckpointMismatchError, match="its epoch is"):
+        DDPCheckpointManager(tmp_path, 0, 1).load(other, filepath=tmp_path / "x.pt")
+    assert all(torch.equal(before[key], value) for key, value in other.state_dict().items())
+
+
+def test_a_later_format_is_refused(tmp_path):
+    torch.save({"format_version": 2, "epoch": 1, "model_state_dict": trained()[0].state_dict()}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointMismatchError, match="written in format 2, this version reads up to 1"):
+        DDPCheckpointManager(tmp_path, 0, 1).load(trained()[0], filepath=tmp_path / "x.pt")
+
+
+def test_an_epoch_that_was_not_finished_begins_anew(manager):
+    model, optimizer, _ = trained()
+    path = Path(manager.save(model, optimizer, 5))
+    content = torch.load(path, weights_only=True)
+    content["data_state"]["epoch_finished"] = False
+    torch.save(content, path.with_name("within.pt"))
+    assert manager.load(model, optimizer, filepath="within.pt")[0] == 4
+
+
+def test_a_damaged_pointer_does_not_keep_a_save_from_writing_it_anew(manager):
+    model, optimizer, _ = trained()
+    manager.save(model, optimizer, 0)
+    (manager.checkpoint_dir / "latest.json").write_text("{")
+    manager.save(model, optimizer, 1)
+    assert manager.load(model, optimizer)[0] == 1
+
+
+def test_a_directory_may_be_a_symlink_of_the_users_own(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "c").symlink_to(tmp_path / "scratch")
+    manager = DDPCheckpointManager(tmp_path / "c", 0, 1)
+    manager.save(*trained()[:2], 0)
+    assert (tmp_path / "scratch" / "latest.json").exists()
+
+
+def test_a_bare_name_is_that_of_the_directory_and_not_of_where_the_script_runs(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        DDPCheckpointManager(tmp_path / name, 0, 1).save(*trained()[:2], 0, {"is_a": name == "a"})
+    monkeypatch.chdir(tmp_path / "b")
+    assert DDPCheckpointManager(tmp_path / "a", 0, 1).load(trained()[0], filepath="checkpoint_epoch0000.pt")[1] == {"is_a": 1.0}
+
+
+def test_what_was_gone_on_from_stays(tmp_path):
+    model, optimizer, _ = trained()
+    DDPCheckpointManager(tmp_path / "c", 0, 1).save(model, optimizer, 0)
+    manager = DDPCheckpointManager(tmp_path / "c", 0, 1, keep_last=2)
+    manager.load(model, optimizer)
+    for epoch in range(1, 5):
+        manager.save(model, optimizer, epoch)
+    assert sorted(path.name for path in (tmp_path / "c").glob("checkpoint_*.pt")) == [
+        "checkpoint_epoch0000.pt",
+        "checkpoint_epoch0003.pt",
+        "checkpoint_epoch0004.pt",
+    ]
+
+
+def test_a_file_that_a_run_deletes_while_it_is_chosen_is_replaced_by_the_newer_one(tmp_path, monkeypatch):
+    model, optimizer, _ = trained()
+    run = DDPCheckpointManager(tmp_path / "c", 0, 1, keep_last=2)
+    run.save(model, optimizer, 0)
+    watcher = DDPCheckpointManager(tmp_path / "c", 0, 1)
+    candidate = watcher._candidate
+
+    def overtaken(*arguments, **options):
+        found = candidate(*arguments, **options)
+        if found.name == "checkpoint_epoch0000.pt":
+            for epoch in (1, 2, 3):
+                run.save(model, optimizer, epoch)
+        return found
+
+    monkeypatch.setattr(watcher, "_candidate", overtaken)
+    assert watcher.load(model)[0] == 3

@@ -23,7 +23,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(script.parent))
     layout = RunLayout(tmp_path / "run")
     store = CheckpointStore(layout, Retention())
-    store.claim("7", 0)
+    store.claim("7", (0,))
     return layout, store
 
 
@@ -48,7 +48,7 @@ def test_the_newest_attempt_asks_slurm_and_notes_it_before(run, tmp_path):
 
 @pytest.mark.parametrize("launcher", ["slurm", "local"])
 def test_an_attempt_that_was_overtaken_requeues_nothing_and_notes_nothing(run, tmp_path, launcher):
-    CheckpointStore(run[0], Retention()).claim("7", 1)
+    CheckpointStore(run[0], Retention()).claim("7", (1,))
     with pytest.raises(FencedError, match=r"attempt 1 is not the newest any more: attempt 2 \(job 7 on "):
         leave(run, launcher)
     assert calls(tmp_path) == []
