@@ -111,7 +111,7 @@ def commit(
     )
 
 
-def plain_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Return metrics as plain floats, which any reader of the file understands.
 
     Raises:

@@ -77,7 +77,8 @@ def test_a_disk_that_gets_full_at_any_byte_of_a_save_leaves_all_that_is_older(se
         shutil.rmtree(root)
     findings.assert_none()
     figure(f"full at {len(leave)} offsets: {sum(outcomes)} saves failed, {len(outcomes) - sum(outcomes)} found room")
-    assert sum(outcomes) >= len(outcomes) // 3
+    # Known before, the lack of room is met by deleting what will be surplus, which is nearly always enough.
+    assert sum(outcomes) >= (len(outcomes) // 3 if when == "while it writes" else 1)
     assert not outcomes[-1]
 
 
