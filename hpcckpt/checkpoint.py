@@ -20,9 +20,9 @@ from hpcckpt.distributed import Collectives, Ranks
 from hpcckpt.errors import CheckpointMismatchError, UsageError
 from hpcckpt.layout import RunLayout
 from hpcckpt.reading import read_content
-from hpcckpt.state.foreign import fit_names, model_state_in, renamed
+from hpcckpt.state.foreign import fitted, model_state_in
 from hpcckpt.state.rng import derive_seed, rng_state, seed_all, set_rng_state
-from hpcckpt.state.tracked import FORMAT_VERSION, Tracked
+from hpcckpt.state.tracked import FORMAT_VERSION, Tracked, check_version
 from hpcckpt.store import resume
 from hpcckpt.store.checkpoints import CheckpointStore
 from hpcckpt.store.durable import reading
@@ -267,8 +267,7 @@ class Checkpointer:
             raise CheckpointMismatchError(
                 f"the file holds one model and the run tracks {', '.join(names) or 'none'}: track the one that it is for as `model`"
             )
-        state = model_state_in(content)
-        return {target: renamed(state, fit_names(state, set(names[target])))}
+        return {target: fitted(model_state_in(content), set(names[target]))}
 
     def _generators(self, content: dict[str, Any]) -> tuple[Callable[[], None], tuple[str, ...]]:
         saved = content["rng_state"]
@@ -282,19 +281,6 @@ class Checkpointer:
             "generators are seeded anew and the result is no longer bit-exact"
         )
         return lambda: seed_all(seed), (note,)
-
-
-def check_version(content: Mapping[str, Any], path: Path) -> None:
-    """Refuse a file of a later format than this version of hpcckpt reads; one without a format is another program's.
-
-    Raises:
-        CheckpointMismatchError: it is one.
-    """
-    version = content.get("format_version", FORMAT_VERSION)
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise CheckpointMismatchError(
-            f"{path}: was written in format {version}, this version reads up to {FORMAT_VERSION}; upgrade hpcckpt"
-        )
 
 
 def _place_in(content: Any, path: Path) -> Restored:

@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from hpcckpt.checkpoint import Position, check_version, collected, commit
+from hpcckpt.checkpoint import Position, collected, commit
 from hpcckpt.distributed import Collectives
 from hpcckpt.environment import TaskEnvironment
 from hpcckpt.errors import CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError, TaskEnvironmentError, UsageError
 from hpcckpt.layout import RunLayout, parse_checkpoint_name
 from hpcckpt.policy import Retention
 from hpcckpt.reading import read_content
-from hpcckpt.state.foreign import fit_names, model_state_in, renamed
+from hpcckpt.state.foreign import fitted, model_state_in
 from hpcckpt.state.model import portable_names
 from hpcckpt.state.rng import rng_state, set_rng_state
-from hpcckpt.state.tracked import Stateful, Tracked
+from hpcckpt.state.tracked import Stateful, Tracked, check_version
 from hpcckpt.store.checkpoints import CheckpointStore
 from hpcckpt.store.durable import reading
 
@@ -242,8 +242,8 @@ class DDPCheckpointManager:
         content = read_content(path)
         state = model_state_in(content)
         epoch, metrics, generators = _place_in(content, path)
-        fitting = fit_names(state, set(portable_names(model).values()))
-        self._tracked(model, optimizer, scheduler).load({**content, "model_state_dict": renamed(state, fitting)})
+        own = fitted(state, set(portable_names(model).values()))
+        self._tracked(model, optimizer, scheduler).load({**content, "model_state_dict": own})
         if optimizer is not None and not load_best:
             if len(generators) == self.world_size:
                 set_rng_state(generators[self.rank])

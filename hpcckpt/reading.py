@@ -20,6 +20,8 @@ from typing import Any, BinaryIO, Final
 import torch
 
 from hpcckpt.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError, CheckpointNotFoundError
+from hpcckpt.state.foreign import NotedTensors
+from hpcckpt.state.text import listed, printable
 
 # Of a safetensors file: names that were left out because another name's tensor is theirs.
 ALIASES_KEY: Final = "hpcckpt.aliases"
@@ -37,8 +39,8 @@ _REFUSED = re.compile(
     r"GLOBAL (?P<name>.+?)(?: was not an allowed| whose module )|reduce for unrecognized|Can only (?:build|create)|must be imported",
     re.DOTALL,
 )
-_REASON_LENGTH = 160
-_SHOWN = 5
+# What a zip file may say that it holds, times its own size: nothing of torch.save is compressed at all.
+_LARGEST_RATIO = 20
 
 
 def read_content(path: Path, *, mmap: bool = True, follow_symlinks: bool = True) -> Any:
@@ -89,8 +91,7 @@ def _is_directory(path: Path) -> CheckpointNotFoundError:
             "library that wrote it and save it as one file"
         )
     found = sorted({candidate.name for pattern in _CANDIDATES for candidate in path.glob(pattern)})
-    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    there = f"give the path of a file in it: {', '.join(found[:_SHOWN])}{more}" if found else "and there is no checkpoint in it"
+    there = f"give the path of a file in it: {listed(found)}" if found else "and there is no checkpoint in it"
     return CheckpointNotFoundError(f"{path}: is a directory; {there}")
 
 
@@ -111,22 +112,37 @@ def _read_safetensors(path: Path, descriptor: int, *, mmap: bool) -> dict[str, t
         raise CheckpointCorruptError(f"{path}: is damaged ({_short(error)}); take another copy of it") from None
     if not mmap:
         tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    return tensors | {name: tensors[kept] for name, kept in _aliases(metadata).items() if kept in tensors and name not in tensors}
+    ours, theirs = _aliases(metadata)
+    content = NotedTensors(tensors, theirs)
+    content.update({name: tensors[kept] for name, kept in ours.items() if kept in tensors and name not in tensors})
+    content.noted -= ours.keys()
+    return content
 
 
-def _aliases(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return name -> name of the tensor that is its own; of files by safetensors' save_model, too."""
+def _aliases(metadata: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Return name -> name of the tensor that is its own, as noted by hpcckpt, and as safetensors' save_model notes it.
+
+    Of the latter a note that is no name cannot be told for certain.
+    """
     try:
         ours = json.loads(metadata.get(ALIASES_KEY, "{}"))
     except (ValueError, RecursionError):
         ours = {}
-    theirs = {name: kept for name, kept in metadata.items() if name != "format"}
-    return theirs | {name: kept for name, kept in (ours.items() if isinstance(ours, dict) else ()) if isinstance(kept, str)}
+    theirs = {name: kept for name, kept in metadata.items() if name not in ("format", ALIASES_KEY)}
+    return {name: kept for name, kept in (ours.items() if isinstance(ours, dict) else ()) if isinstance(kept, str)}, theirs
 
 
 def _read_torch(path: Path, descriptor: int, *, mmap: bool) -> Any:
     with open(descriptor, "rb", closefd=False) as file:
-        can_be_mapped = mmap and _can_be_mapped(file)
+        entries = _entries(file)
+        size, unpacked = os.fstat(descriptor).st_size, sum(entry.file_size for entry in entries)
+        if unpacked > _LARGEST_RATIO * size:
+            raise CheckpointCorruptError(
+                f"{path}: is a zip file of {size} bytes that would take {unpacked} in memory, which no checkpoint does; if you trust where "
+                "it comes from, unzip it and zip it again without compression (zip -0)"
+            )
+        # torch maps compressed entries without looking.
+        can_be_mapped = mmap and bool(entries) and all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
         file.seek(0)
         if can_be_mapped:
             try:
@@ -140,15 +156,15 @@ def _read_torch(path: Path, descriptor: int, *, mmap: bool) -> Any:
             raise CheckpointCorruptError(f"{path}: cannot be read ({error.strerror or _short(error)})") from None
 
 
-def _can_be_mapped(file: BinaryIO) -> bool:
-    """Return whether it is a zip file whose entries are stored as they are: torch maps compressed ones without looking."""
+def _entries(file: BinaryIO) -> list[zipfile.ZipInfo]:
+    """Return what a zip file holds; nothing for any other file."""
     if file.read(len(_ZIP_MAGIC)) != _ZIP_MAGIC:
-        return False
+        return []
     try:
         with zipfile.ZipFile(file) as archive:
-            return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+            return archive.infolist()
     except Exception:  # noqa: BLE001 - whatever is wrong with it, torch.load says so
-        return False
+        return []
 
 
 def _load(path: Path, source: Any, *, mmap: bool) -> Any:
@@ -173,7 +189,7 @@ def _refusal(path: Path, text: str) -> CheckpointMismatchError | None:
     if "TorchScript" in text:
         what = "is a program (TorchScript), not a checkpoint"
     elif found := _REFUSED.search(text):
-        what = f"holds {_printable(found['name'] or 'an object')}, which is no tensor or plain value"
+        what = f"holds {printable(found['name'] or 'an object')}, which is no tensor or plain value"
     elif "legacy .tar format" in text:
         what = "is in the tar format of PyTorch before 0.1.10"
     else:
@@ -188,9 +204,4 @@ def _short(error: Exception) -> str:
     """Return torch's own reason, on one line and without its advice."""
     text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
     line = (text.splitlines() or [""])[0].partition(" This is an internal miniz error")[0].rstrip(".")
-    return f"{type(error).__name__}: {_printable(line)}" if line else type(error).__name__
-
-
-def _printable(text: str) -> str:
-    """Return the beginning of `text`, which a file may have chosen, without control characters."""
-    return "".join(character for character in text if character.isprintable())[:_REASON_LENGTH]
+    return f"{type(error).__name__}: {printable(line)}" if line else type(error).__name__

@@ -3,6 +3,7 @@
 None of these functions is a collective. A model that is spread over ranks is saved by a Run or a checkpoint manager.
 """
 
+import contextlib
 import ctypes
 import json
 import logging
@@ -17,15 +18,17 @@ from torch.optim import Optimizer
 
 from hpcckpt.errors import CheckpointMismatchError, CheckpointSaveError, UsageError
 from hpcckpt.reading import ALIASES_KEY, read_content
-from hpcckpt.state.foreign import common_prefixes, fit_names, model_state_in, renamed
+from hpcckpt.state.foreign import common_prefixes, fitted, model_state_in
 from hpcckpt.state.model import LoadReport, load_model_state, model_state, parameter_names, portable_names, wrapper_name
-from hpcckpt.state.optimizer import load_optimizer_state, optimizer_state
-from hpcckpt.state.portable import portable
-from hpcckpt.state.tracked import FORMAT_VERSION
+from hpcckpt.state.optimizer import check_optimizer_state, load_optimizer_state, optimizer_state
+from hpcckpt.state.portable import compacted, portable
+from hpcckpt.state.text import listed, printable
+from hpcckpt.state.tracked import FORMAT_VERSION, check_version
 from hpcckpt.store.durable import write_durably
 
 _LOG = logging.getLogger("hpcckpt")
 _CHUNK_BYTES = 16 * 1024 * 1024
+_LARGEST_EXPANDED = 1024**3
 _SAFETENSORS_TYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8",
     torch.int16: "I16", torch.uint16: "U16", torch.int32: "I32", torch.uint32: "U32", torch.int64: "I64", torch.uint64: "U64",
@@ -98,8 +101,8 @@ def load_dataparallel_checkpoint(
     Raises:
         CheckpointNotFoundError, CheckpointCorruptError: as `read_content`.
         CheckpointMismatchError: the model or the optimizer does not fit, or the file has no epoch (0 would be an answer that
-            means something): load such a file with `load_checkpoint_universal`. The model is unchanged, unless it is the
-            optimizer that did not fit.
+            means something): load such a file with `load_checkpoint_universal`. Nothing is changed, unless the model's or the
+            optimizer's own load_state_dict raised.
         UsageError: DataParallel is asked for on the CPU of a machine with GPUs, where it cannot work.
     """
     path, target = Path(filepath), torch.device(device)
@@ -117,10 +120,14 @@ def load_dataparallel_checkpoint(
         raise CheckpointMismatchError(f"{path}: has no epoch; load the model alone with hpcckpt.load_checkpoint_universal")
     if optimizer is not None and not isinstance(saved_optimizer, Mapping):
         raise CheckpointMismatchError(f"{path}: has no optimizer_state_dict; give optimizer=None to load the model alone")
+    if optimizer is not None and isinstance(saved_optimizer, Mapping):
+        with _naming_optimizer(optimizer, path):
+            check_optimizer_state(optimizer, saved_optimizer, parameter_names(model))
     _load(model, state, path)
     model = model.to(target)
     if optimizer is not None and isinstance(saved_optimizer, Mapping):
-        _load_optimizer(model, optimizer, saved_optimizer, path)
+        with _naming_optimizer(optimizer, path):
+            load_optimizer_state(optimizer, saved_optimizer, parameter_names(model))
     return (DataParallel(model, _device_ids(target, device_ids)) if wraps else model), epoch
 
 
@@ -139,7 +146,7 @@ def load_checkpoint_universal(
         checkpoint_path: a single file.
         device: where the model goes then; None leaves it where it is, and moves nothing to the CPU.
         strict: refuse a file that does not fit in full; else load what fits, and log what did not as a warning of the
-            logger `hpcckpt`.
+            logger `hpcckpt`, which is told of conversions as well.
 
     Raises:
         CheckpointNotFoundError, CheckpointCorruptError, CheckpointMismatchError: as `load_weights`.
@@ -147,6 +154,8 @@ def load_checkpoint_universal(
     report = load_weights(model, checkpoint_path, strict=strict)
     if not report.is_complete:
         _LOG.warning("%s: %s", checkpoint_path, report)
+    elif report.cast:
+        _LOG.info("%s: %s", checkpoint_path, report)
     return model if device is None else model.to(torch.device(device))
 
 
@@ -154,7 +163,7 @@ def load_weights(model: nn.Module, path: str | Path, *, prefix: str | None = Non
     """Load a model's weights from a file of any origin, and say what became of each.
 
     Tensors are converted to the model's dtypes and devices. Names are matched as `hpcckpt.state.foreign.fit_names` does; those
-    of the file that match none of the model's are `unexpected`.
+    of the file that match none of the model's are `unexpected`, with a `prefix` only where they have it.
 
     Args:
         model: loaded in place, with any wrappers.
@@ -165,7 +174,8 @@ def load_weights(model: nn.Module, path: str | Path, *, prefix: str | None = Non
 
     Raises:
         CheckpointNotFoundError, CheckpointCorruptError: as `read_content`.
-        CheckpointMismatchError: it does not fit, or not one tensor does; nothing was loaded.
+        CheckpointMismatchError: it does not fit, or not one tensor does, or is of a later format; nothing was loaded. Or the
+            model's own load_state_dict raised: then it may be loaded in part.
     """
     path = Path(path)
     return _load(model, _model_state(read_content(path), path), path, prefix=prefix, strict=strict)
@@ -213,12 +223,13 @@ def save_safetensors(state: Mapping[str, torch.Tensor], path: str | Path, metada
 
 
 def save_plain(content: Any, path: Path) -> None:
-    """Save tensors and primitives with torch.save, durably.
+    """Save tensors and primitives with torch.save, durably; of large tensors only what is shown of them.
 
     Raises:
         CheckpointSaveError: the file cannot be written; what was there before is intact.
     """
-    _save(path, lambda file: torch.save(content, file))
+    compact = compacted(content)
+    _save(path, lambda file: torch.save(compact, file))
 
 
 def _save(path: Path, write: Callable[[IO[bytes]], None]) -> None:
@@ -234,6 +245,8 @@ def _save(path: Path, write: Callable[[IO[bytes]], None]) -> None:
 
 
 def _model_state(content: object, path: Path) -> Mapping[str, Any]:
+    if isinstance(content, Mapping):
+        check_version(content, path)
     try:
         return model_state_in(content)
     except CheckpointMismatchError as error:
@@ -242,14 +255,14 @@ def _model_state(content: object, path: Path) -> Mapping[str, Any]:
 
 def _load(model: nn.Module, state: Mapping[str, Any], path: Path, *, prefix: str | None = None, strict: bool = True) -> LoadReport:
     wanted = list(portable_names(model).values())
-    fitting = fit_names(state, set(wanted), prefix)
-    several = [] if fitting or prefix is not None else common_prefixes(state, set(wanted))
-    hint = f"; its names fit behind any of {', '.join(several)}: choose with load_weights(prefix=…)" if len(several) > 1 else ""
-    if wanted and not fitting:
-        first = next(iter(state), "nothing")
+    own = fitted(state, set(wanted), prefix)
+    if wanted and own.keys().isdisjoint(wanted):
+        several = [] if prefix is not None else common_prefixes(state, set(wanted))
+        hint = f"; its names fit behind any of {listed(several)}: choose with load_weights(prefix=…)" if len(several) > 1 else ""
+        first = printable(next(iter(state), "nothing"))
         raise CheckpointMismatchError(f"{path}: has none of the model's names: it begins with {first}, the model with {wanted[0]}{hint}")
     try:
-        report = load_model_state(model, renamed(state, fitting), strict=strict, cast=True)
+        report = load_model_state(model, own, strict=strict, cast=True)
     except CheckpointMismatchError as error:
         raise CheckpointMismatchError(f"{path}: {error}") from None
     if wanted and not report.loaded:
@@ -257,9 +270,10 @@ def _load(model: nn.Module, state: Mapping[str, Any], path: Path, *, prefix: str
     return report
 
 
-def _load_optimizer(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any], path: Path) -> None:
+@contextlib.contextmanager
+def _naming_optimizer(optimizer: Optimizer, path: Path) -> Iterator[None]:
     try:
-        load_optimizer_state(optimizer, state, parameter_names(model))
+        yield
     except CheckpointMismatchError as error:
         raise CheckpointMismatchError(f"{path}: optimizer: {error}") from None
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
@@ -290,11 +304,17 @@ def _distinct(state: Mapping[str, Any], path: Path) -> tuple[list[tuple[str, tor
         if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in _SAFETENSORS_TYPES:
             what = f"a tensor of {value.dtype} on {value.device}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
             raise CheckpointSaveError(
-                f"{path}: {name} is {what}, and safetensors files hold dense tensors of common types only; leave it out, or save with "
-                "torch.save"
+                f"{path}: {printable(str(name))} is {what}, and safetensors files hold dense tensors of common types only; leave it out, "
+                "or save with torch.save"
             )
-        if name == "__metadata__" or type(name) is not str:
-            raise CheckpointSaveError(f"{path}: {name!r} cannot be the name of a tensor in a safetensors file; rename it")
+        if name == "__metadata__" or type(name) is not str or not _is_text(name):
+            raise CheckpointSaveError(f"{path}: {printable(repr(name))} cannot be the name of a tensor in a safetensors file; rename it")
+        size, there = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+        if size > _LARGEST_EXPANDED and size > 2 * there:
+            raise CheckpointSaveError(
+                f"{path}: {printable(name)} would take {size} bytes and is {there} in memory (expanded), which safetensors files cannot "
+                "say; leave it out, or save with torch.save"
+            )
         identity = tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_neg()
         if tensor.numel() and identity in kept:
             aliases[name] = kept[identity]
@@ -302,6 +322,15 @@ def _distinct(state: Mapping[str, Any], path: Path) -> tuple[list[tuple[str, tor
             kept[identity], tensors[name] = name, tensor
     # Largest elements first, so that each begins at a multiple of its own size.
     return sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])), aliases
+
+
+def _is_text(name: str) -> bool:
+    """Return whether a name can be written as UTF-8: one with half a surrogate pair cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _chunks(tensor: torch.Tensor) -> Iterator[bytes]:

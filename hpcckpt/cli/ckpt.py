@@ -66,20 +66,26 @@ def _export(options: argparse.Namespace) -> int:
         path = source
         _verify(path)
     from hpcckpt.reading import read_content
+    from hpcckpt.state.text import listed
     from hpcckpt.weights import save_plain, save_safetensors
 
     content = read_content(path)
     try:
         state = _state(content, options.name)
+        _refuse_state(state)
     except CheckpointMismatchError as error:
         raise CheckpointMismatchError(f"{path}: {error}") from None
+    left_out = _extra_states(state) if target.suffix == _SAFETENSORS else []
+    state = {name: value for name, value in state.items() if name not in left_out}
     if target.suffix == _SAFETENSORS:
         save_safetensors(state, target)
     else:
-        save_plain(dict(state), target)
-    count = f"{len(state)} tensor{'' if len(state) == 1 else 's'}"
+        save_plain(state, target)
+    without = [f"without {listed(left_out)} (no tensor)"] if left_out else []
+    tensors = len(state) - len(_extra_states(state))
+    count = f"{tensors} tensor{'' if tensors == 1 else 's'}"
     place = [f"{key} {content[key]}" for key in ("epoch", "step") if isinstance(content, Mapping) and isinstance(content.get(key), int)]
-    print(", ".join([f"{target}: {count}", f"{target.stat().st_size} bytes", *place, f"from {path}"]))
+    print(", ".join([f"{target}: {count}", *without, f"{target.stat().st_size} bytes", *place, f"from {path}"]))
     return EXIT_OK
 
 
@@ -153,6 +159,7 @@ def _verify(path: Path) -> None:
 def _state(content: Any, name: str) -> Mapping[str, Any]:
     from hpcckpt.errors import CheckpointMismatchError
     from hpcckpt.state.foreign import model_state_in
+    from hpcckpt.state.text import listed
 
     key = f"{name}_state_dict"
     if name == "model":
@@ -160,9 +167,31 @@ def _state(content: Any, name: str) -> Mapping[str, Any]:
     state = content.get(key) if isinstance(content, Mapping) else None
     if not isinstance(state, Mapping):
         keys = content if isinstance(content, Mapping) else ()
-        known = ", ".join(str(known).removesuffix("_state_dict") for known in keys if str(known).endswith("_state_dict"))
+        known = listed([str(known).removesuffix("_state_dict") for known in keys if str(known).endswith("_state_dict")], 20)
         raise CheckpointMismatchError(f"has no {key}; --name may be {known or 'left out'}")
     return state
+
+
+def _refuse_state(state: Mapping[str, Any]) -> None:
+    """Refuse a state in which there is nothing to be exported, or nothing behind a name."""
+    import torch
+
+    from hpcckpt.errors import CheckpointMismatchError
+    from hpcckpt.state.text import listed
+
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    if len(state) == len(_extra_states(state)):
+        raise CheckpointMismatchError("holds no tensors, so there is nothing to export; choose another file, or another --name")
+    empty = [name for name, value in tensors.items() if value.is_meta]
+    if empty:
+        raise CheckpointMismatchError(f"{listed(empty)} is on the meta device, without values; save the model again once it has some")
+
+
+def _extra_states(state: Mapping[str, Any]) -> list[str]:
+    """Return the names of what modules keep beside their tensors, and is none."""
+    import torch
+
+    return [name for name, value in state.items() if name.rpartition(".")[2] == "_extra_state" and not isinstance(value, torch.Tensor)]
 
 
 # name -> (what --help says, adds its arguments, does it and returns the exit code)

@@ -29,6 +29,11 @@ def exit_code(command: Callable[[], int], what: str, again: str) -> int:
     except KeyboardInterrupt:
         print("hpcckpt: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+            raise
+        print(f"hpcckpt: {what}: there is not enough memory; take a machine or an allocation with more, then {again}", file=sys.stderr)
+        return EXIT_BAD_INPUT
     except OSError as error:
         # A full disk, a name that is too long: nothing that a traceback explains better.
         print(f"hpcckpt: {error.filename or what}: {error.strerror or error}; mend that, then {again}", file=sys.stderr)

@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 
 from hpcckpt.errors import CheckpointMismatchError
+from hpcckpt.state.text import listed
 
 # In which key of a file the model's state is looked for, in this order.
 _MODEL_KEYS = ("model_state_dict", "state_dict", "model")
@@ -24,6 +25,15 @@ _SHOWN = 8
 
 # A tree of names: a part with a dot -> what is below it; a last part -> the whole name.
 _Tree = dict[str, Any]
+
+
+class NotedTensors(dict[str, Any]):
+    """The tensors of a file, and under which names there is another one's because the file's notes seem to say so."""
+
+    def __init__(self, tensors: Mapping[str, Any], noted: Mapping[str, str]) -> None:
+        super().__init__(tensors)
+        self.noted = {name for name, kept in noted.items() if kept in tensors and name not in tensors}
+        self.update({name: tensors[noted[name]] for name in self.noted})
 
 
 def model_state_in(content: object) -> Mapping[str, Any]:
@@ -46,10 +56,8 @@ def model_state_in(content: object) -> Mapping[str, Any]:
             return state
     if _is_state(content):
         return content
-    keys = [str(key) for key in content]
-    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
     raise CheckpointMismatchError(
-        f"it has no model state under {', '.join(_MODEL_KEYS)}, and is none itself; its keys are {', '.join(keys[:_SHOWN])}{more}: "
+        f"it has no model state under {', '.join(_MODEL_KEYS)}, and is none itself; its keys are {listed(list(content), _SHOWN)}: "
         "load it with torch.load(weights_only=True) and save the part that is the model's state"
     )
 
@@ -69,7 +77,8 @@ def fit_names(saved: Iterable[str], wanted: Collection[str], prefix: str | None 
        most names are found, if it is more than without and no other one finds as many. It may be the file's names that
        have it, or the model's.
 
-    No name of the file is used twice. A given `prefix` goes before the names as they are: who gives it knows the file.
+    No name of the file is used twice, and with a prefix none that is outside of it. A given `prefix` goes before the names
+    as they are: who gives it knows the file.
 
     Args:
         saved: the names in the file.
@@ -79,23 +88,43 @@ def fit_names(saved: Iterable[str], wanted: Collection[str], prefix: str | None 
     """
     saved = list(dict.fromkeys(saved))
     if prefix is not None:
-        stripped, added = _readings(saved, wanted, prefix if prefix.endswith(".") or not prefix else f"{prefix}.")
-        return _completed(max(stripped, added, key=len), saved, wanted)
+        stripped, added = _readings(saved, wanted, _dotted(prefix))
+        return max(stripped, added, key=len)
     plain = _matched({name: name for name in saved}, wanted)
     if len(plain) == len(wanted) or len(plain) == len(saved):
         return plain
     guess = _guessed(saved, wanted)
-    return _completed(guess if len(guess) > len(plain) else plain, saved, wanted)
+    return guess if len(guess) > len(plain) else plain
 
 
-def renamed(state: Mapping[str, Any], fitting: Mapping[str, str]) -> dict[str, Any]:
-    """Return the state of a file under the names that `fit_names` has matched; what matches none keeps its own name."""
+def fitted(state: Mapping[str, Any], wanted: Collection[str], prefix: str | None = None) -> dict[str, Any]:
+    """Return the state of a file under the names of a model, matched as `fit_names` does.
+
+    What matches none keeps a name of its own, which is none of the model's; with a given `prefix`, what is outside of it is
+    left out.
+    """
+    there: Mapping[str, Any] = state
+    if prefix:
+        inside = _inside({name: name for name in state}, _dotted(prefix))
+        there = {name: state[name] for name in inside.values()} or state
+    result = renamed(there, fit_names(there, wanted, prefix), wanted)
+    noted = state.noted if isinstance(state, NotedTensors) else frozenset()
+    # A note that only looks like a name is nothing that the model lacks.
+    return {name: value for name, value in result.items() if name in wanted or name not in noted}
+
+
+def renamed(state: Mapping[str, Any], fitting: Mapping[str, str], wanted: Collection[str] = ()) -> dict[str, Any]:
+    """Return the state of a file under the names that `fit_names` has matched; what matches none keeps its own name.
+
+    Where that is one of `wanted`, or has been matched, it is told apart: it was not meant.
+    """
     used = set(fitting.values())
     result = {name: state[saved] for name, saved in fitting.items()}
     for name, value in state.items():
         if name not in used:
             # A name that is left over must not take the place of the one that was matched.
-            result[name if name not in fitting else f"{name} (beside {fitting[name]})"] = value
+            beside = f"{name} (beside {fitting[name]})" if name in fitting else f"{name} (of something else)"
+            result[beside if name in fitting or name in wanted else name] = value
     return result
 
 
@@ -106,25 +135,27 @@ def common_prefixes(saved: Iterable[str], wanted: Collection[str]) -> list[str]:
     return sorted(prefix for prefix, count in counts.items() if count == highest)
 
 
-def _completed(found: dict[str, str], saved: Sequence[str], wanted: Collection[str]) -> dict[str, str]:
-    """Return `found`, and the names that are spelled alike among those left over."""
-    used = set(found.values())
-    return found | {name: name for name in saved if name in wanted and name not in found and name not in used}
-
-
 def _readings(saved: Sequence[str], wanted: Collection[str], prefix: str) -> tuple[dict[str, str], dict[str, str]]:
     """Return what is found if the file's names have the prefix, and if the model's have it."""
-    # A wrapper around the whole stands before the prefix: module.model.weight.
-    bare = {name: name for name in saved}
+    below = {name.removeprefix(prefix): original for name, original in _inside({name: name for name in saved}, prefix).items()}
+    inner = {name.removeprefix(prefix): name for name in wanted if name.startswith(prefix)}
+    added = _matched({name: name for name in saved}, inner)
+    return _matched(below, wanted), {inner[name]: original for name, original in added.items()}
+
+
+def _dotted(prefix: str) -> str:
+    return prefix if prefix.endswith(".") or not prefix else f"{prefix}."
+
+
+def _inside(names: Mapping[str, str], prefix: str) -> dict[str, str]:
+    """Return those of the names that have the prefix, behind wrappers around the whole: module.model.weight."""
+    bare = dict(names)
     while bare and not any(name.startswith(prefix) for name in bare):
         tops = {name.partition(".")[0] for name in bare}
         if len(tops) != 1 or not tops <= WRAPPER_PARTS or not all("." in name for name in bare):
             break
         bare = {name.partition(".")[2]: original for name, original in bare.items()}
-    below = {name.removeprefix(prefix): original for name, original in bare.items() if name.startswith(prefix)}
-    inner = {name.removeprefix(prefix): name for name in wanted if name.startswith(prefix)}
-    added = _matched({name: name for name in saved}, inner)
-    return _matched(below, wanted), {inner[name]: original for name, original in added.items()}
+    return {name: original for name, original in bare.items() if name.startswith(prefix)}
 
 
 def _guessed(saved: Sequence[str], wanted: Collection[str]) -> dict[str, str]:

@@ -7,8 +7,8 @@ spelling: a submodule that its author called `module` keeps its name, and a wrap
 
 import copy
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from torch.nn.parameter import is_lazy
 from hpcckpt.distributed import full_state, is_sharded, shard_like
 from hpcckpt.errors import CheckpointMismatchError, UsageError
 from hpcckpt.state.meta import Placeholders
+from hpcckpt.state.text import listed, printable
 
-_SHOWN = 5
 _EXTRA_STATE = "_extra_state"
 # Activation checkpointing puts this into the path of a module, but takes it out of the keys of the state by itself.
 _NOT_IN_KEYS = "_checkpoint_wrapped_module."
@@ -121,7 +121,8 @@ def model_state(module: nn.Module, *, keep: bool = True) -> dict[str, Any]:
 class LoadReport:
     """What became of a model's state; every entry is a portable name, `reshaped` and `cast` say from what to what.
 
-    `on_meta` are parameters and buffers that had no memory before, and still have none.
+    `unfit` could not be loaded for another reason, and say why. `on_meta` are parameters and buffers that had no memory before,
+    and still have none.
     """
 
     loaded: tuple[str, ...] = ()
@@ -130,11 +131,12 @@ class LoadReport:
     reshaped: tuple[str, ...] = ()
     cast: tuple[str, ...] = ()
     on_meta: tuple[str, ...] = ()
+    unfit: tuple[str, ...] = ()
 
     @property
     def is_complete(self) -> bool:
         """Whether every tensor of the model was in the checkpoint, and nothing else."""
-        return not (self.missing or self.unexpected or self.reshaped)
+        return not (self.missing or self.unexpected or self.reshaped or self.unfit)
 
     def __str__(self) -> str:
         """Return it as one line, with a few names of each kind."""
@@ -143,6 +145,7 @@ class LoadReport:
             ("missing", self.missing),
             ("unexpected", self.unexpected),
             ("of another shape", self.reshaped),
+            ("that cannot be taken over", self.unfit),
             ("of another dtype", self.cast),
             ("still on the meta device", self.on_meta),
         ):
@@ -161,10 +164,12 @@ def load_model_state(module: nn.Module, state: Mapping[str, Any], *, strict: boo
         module: the target, on any device; what is on the meta device gets memory where `state` has its own.
         state: portable name -> full tensor, or a module's extra state. One name of tied parameters is enough.
         strict: refuse a state that does not fit in full; else load what fits and leave the rest of the module as it is.
-        cast: accept tensors of another dtype, converted; without it they do not fit.
+        cast: accept tensors of another dtype of the same kind (float, complex, integer, bool), converted, unless that makes
+            finite values infinite; without it they do not fit.
 
     Raises:
-        CheckpointMismatchError: names the first missing and unexpected keys, or those of another shape; nothing was loaded.
+        CheckpointMismatchError: names the first missing and unexpected keys, or those that do not fit; nothing was loaded. Or
+            a module's own load_state_dict or set_extra_state raised: then the model may be loaded in part.
         UsageError: a parameter of the module has no shape yet.
     """
     names, own = _named_state(module)
@@ -175,12 +180,17 @@ def load_model_state(module: nn.Module, state: Mapping[str, Any], *, strict: boo
     reshaped = {
         name: f"{name} {_shape(saved)} for {_shape(mine)}" for name, (mine, saved) in tensors.items() if _shape(saved) != _shape(mine)
     }
+    alike = {name: pair for name, pair in tensors.items() if name not in reshaped and isinstance(pair[0], torch.Tensor)}
+    unfit = {name: f"{name} {reason}" for name, pair in alike.items() if (reason := _misfit(*pair, cast=cast))}
     differing = {
         name: f"{name} {_dtype(saved)} for {_dtype(mine)}"
-        for name, (mine, saved) in tensors.items()
-        if name not in reshaped and isinstance(mine, torch.Tensor) and saved.dtype != mine.dtype
+        for name, (mine, saved) in alike.items()
+        if name not in unfit and saved.dtype != mine.dtype
     }
-    fitting = [key for key in sources if names[key] not in reshaped and (cast or names[key] not in differing)]
+    for tied in _torn(names, own, {name: value for name, value in state.items() if name in alike and name not in unfit}):
+        unfit |= dict.fromkeys(tied, f"{' and '.join(tied)} are one tensor in the model, and differ in the file")
+    refused = {*reshaped, *unfit, *(() if cast else differing)}
+    fitting = [key for key in sources if names[key] not in refused]
     own_names = set(names.values())
     report = LoadReport(
         loaded=tuple(names[key] for key in fitting),
@@ -188,11 +198,12 @@ def load_model_state(module: nn.Module, state: Mapping[str, Any], *, strict: boo
         unexpected=tuple(name for name in state if name not in own_names),
         reshaped=tuple(reshaped.values()),
         cast=tuple(differing.values()),
+        unfit=tuple(dict.fromkeys(unfit.values())),
     )
     if strict:
         _refuse_misfits(report, cast=cast)
     left = _fill(module, own, {key: state[sources[key]] for key in fitting}, complete=report.is_complete)
-    return LoadReport(report.loaded, report.missing, report.unexpected, report.reshaped, report.cast, left)
+    return replace(report, on_meta=left)
 
 
 def _sources(names: Mapping[str, str], own: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, str]:
@@ -216,6 +227,7 @@ def _refuse_misfits(report: LoadReport, *, cast: bool) -> None:
     problems = [f"it lacks {listed(report.missing)}"] if report.missing else []
     problems += [f"the model has no {listed(report.unexpected)}"] if report.unexpected else []
     problems += [f"shapes differ: {listed(report.reshaped)}"] if report.reshaped else []
+    problems += [f"these cannot be taken over: {listed(report.unfit)}"] if report.unfit else []
     problems += [f"types differ: {listed(report.cast)}"] if report.cast and not cast else []
     if problems:
         raise CheckpointMismatchError(
@@ -242,9 +254,68 @@ def _fill(module: nn.Module, own: Mapping[str, Any], values: Mapping[str, Any], 
         # state that lacks something may be older indeed; what has no memory yet must not be filled in by the first call.
         if complete or (absent and not assign):
             chosen._metadata = versions  # type: ignore[attr-defined]  # noqa: SLF001 - where load_state_dict looks for them
-        if chosen:
-            module.load_state_dict(chosen, strict=False, assign=assign)
+        try:
+            if chosen:
+                module.load_state_dict(chosen, strict=False, assign=assign)
+        except Exception as error:
+            placeholders.keep()
+            raise CheckpointMismatchError(
+                f"a {type(unwrap(module)).__name__} did not take its state ({type(error).__name__}: {printable(str(error))}) and may be "
+                "loaded in part now: make it anew, as it was when it was saved, then load again"
+            ) from error
     return placeholders.keep()
+
+
+def _misfit(mine: torch.Tensor, saved: torch.Tensor, *, cast: bool) -> str | None:
+    """Return why a saved tensor cannot become one of the model's of the same shape; None if it can."""
+    if saved.is_meta:
+        return "is on the meta device in the file, without values"
+    if saved.layout != mine.layout:
+        return f"{_name(saved.layout)} for {_name(mine.layout)}"
+    if _scheme(saved) != _scheme(mine):
+        return f"{_dtype(saved)} ({_scheme(saved)}) for {_dtype(mine)} ({_scheme(mine)})"
+    if not cast or saved.dtype == mine.dtype:
+        return None
+    if _kind(saved.dtype) != _kind(mine.dtype):
+        return f"{_dtype(saved)} for {_dtype(mine)}"
+    return f"{_dtype(saved)} for {_dtype(mine)}, which cannot hold all of its values" if _overflows(saved, mine.dtype) else None
+
+
+def _scheme(tensor: torch.Tensor) -> str:
+    return f"quantized ({_name(tensor.qscheme())})" if tensor.is_quantized else "not quantized"
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return "complex" if dtype.is_complex else "float" if dtype.is_floating_point else "bool" if dtype == torch.bool else "integer"
+
+
+def _overflows(saved: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Return whether a narrower floating type makes finite values infinite, or NaN."""
+    if _kind(dtype) not in ("float", "complex") or saved.numel() == 0 or saved.layout != torch.strided:
+        return False
+    limit = torch.finfo(dtype).max
+    if limit >= torch.finfo(saved.dtype).max:
+        return False
+    values = torch.view_as_real(saved.detach().resolve_conj()) if saved.is_complex() else saved.detach()
+    lowest, highest = torch.aminmax(values)
+    if -limit <= lowest and highest <= limit:
+        return False
+    return bool((values.isfinite() & ~values.to(dtype.to_real()).isfinite()).any())
+
+
+def _torn(names: Mapping[str, str], own: Mapping[str, Any], state: Mapping[str, Any]) -> list[list[str]]:
+    """Return the names that are one tensor in the model and not in `state`."""
+    tied: dict[Hashable, list[str]] = {}
+    for key, name in names.items():
+        if name in state:
+            tied.setdefault(_identity(own[key]), []).append(name)
+    return [group for group in tied.values() if not all(_same(state[group[0]], state[name]) for name in group[1:])]
+
+
+def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    if _identity(first) == _identity(second):
+        return True
+    return first.dtype == second.dtype and first.shape == second.shape and torch.equal(first, second)
 
 
 def _shape(value: Any) -> object:
@@ -252,10 +323,8 @@ def _shape(value: Any) -> object:
 
 
 def _dtype(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    return _name(tensor.dtype)
 
 
-def listed(items: Sequence[str]) -> str:
-    """Return a few of the items, and how many more there are."""
-    more = f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else ""
-    return ", ".join(items[:_SHOWN]) + more
+def _name(value: object) -> str:
+    return str(value).removeprefix("torch.")

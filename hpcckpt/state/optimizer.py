@@ -6,6 +6,7 @@ silently fit another model whose parameters are as many.
 """
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch.optim import LBFGS, Adafactor, Optimizer
 
 from hpcckpt.distributed import full_state, holds_shards, shard_like
 from hpcckpt.errors import CheckpointMismatchError
-from hpcckpt.state.model import listed
+from hpcckpt.state.foreign import fit_names
+from hpcckpt.state.text import listed
 
 _STATE, _GROUPS, _PARAMS, _NAMES, _STEP = "state", "param_groups", "params", "param_names", "step"
 # Of these every tensor but numbers has the parameter's shape. Subclasses may keep what they like.
@@ -80,17 +82,34 @@ def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any], names: 
             "some of its parameters are on the meta device, and of no tracked module: give the model memory (model.to_empty) before the "
             "optimizer is made"
         )
-    arranged = dict(state)
+    arranged, _ = _arranged(optimizer, state, names)
     if _lengths(state) is not None:
-        saved_names, own_names = _saved_names(state), [names.get(id(parameter)) for parameter in parameters(optimizer)]
-        if saved_names is not None and None not in own_names and _all_unique(own_names):
-            arranged = _by_name(optimizer, state, saved_names, [str(name) for name in own_names])
-        else:
-            arranged = _by_position(optimizer, state)
-        labels = [name or f"parameter {index}" for index, name in enumerate(own_names)]
-        _check_shapes(optimizer, arranged[_STATE], labels)
         arranged[_STATE] = _sharded(optimizer, arranged[_STATE])
     _load(optimizer, arranged)
+
+
+def check_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any], names: Mapping[int, str]) -> bool:
+    """Return whether the groups are those of the saved state, one for one; what they are matched by as in `load_optimizer_state`.
+
+    Raises:
+        CheckpointMismatchError: the state does not fit. Nothing is changed.
+    """
+    return _arranged(optimizer, state, names)[1]
+
+
+def _arranged(optimizer: Optimizer, state: Mapping[str, Any], names: Mapping[int, str]) -> tuple[dict[str, Any], bool]:
+    """Return the state in the optimizer's own order and groups, and whether these are the saved groups, one for one."""
+    if _lengths(state) is None:
+        return dict(state), True
+    own_names = [names.get(id(parameter)) for parameter in parameters(optimizer)]
+    known = [name for name in own_names if name is not None]
+    saved_names = _saved_names(state, known) if len(known) == len(own_names) and _all_unique(known) else None
+    if saved_names is not None:
+        arranged, same_groups = _by_name(optimizer, state, saved_names, known)
+    else:
+        arranged, same_groups = _by_position(optimizer, state), True
+    _check_shapes(optimizer, arranged[_STATE], [name or f"parameter {index}" for index, name in enumerate(own_names)])
+    return arranged, same_groups
 
 
 def _lengths(state: Mapping[str, Any]) -> list[int] | None:
@@ -107,15 +126,23 @@ def _all_unique(names: Sequence[str | None]) -> bool:
     return len(set(names)) == len(names)
 
 
-def _saved_names(state: Mapping[str, Any]) -> list[str] | None:
-    """Return the names of all saved parameters, in order; None where not all have one of their own."""
+def _saved_names(state: Mapping[str, Any], own_names: Sequence[str]) -> list[str] | None:
+    """Return the names of all saved parameters, in order, as the model has them; None where not all have one of their own."""
     names: list[str] = []
     for group in state[_GROUPS]:
         group_names = group.get(_NAMES) or []
-        if len(group_names) != len(group[_PARAMS]):
+        if not isinstance(group_names, list | tuple) or len(group_names) != len(group[_PARAMS]):
             return None
         names += group_names
-    return names if _all_unique(names) else None
+    if not all(isinstance(name, str) for name in names) or not _all_unique(names):
+        return None
+    if set(names) != set(own_names) and len(names) == len(own_names):
+        # Other programs save the names that a wrapper shows in.
+        fitting = fit_names(names, set(own_names))
+        if len(fitting) == len(names):
+            here = {saved: name for name, saved in fitting.items()}
+            return [here[name] for name in names]
+    return names
 
 
 def _hyperparameters(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,12 +179,15 @@ def _counted(lengths: Sequence[int]) -> str:
     return f"{len(lengths)} parameter group{'' if len(lengths) == 1 else 's'} (of {', '.join(map(str, lengths))} parameters)"
 
 
-def _by_name(optimizer: Optimizer, state: Mapping[str, Any], saved_names: Sequence[str], own_names: Sequence[str]) -> dict[str, Any]:
+def _by_name(
+    optimizer: Optimizer, state: Mapping[str, Any], saved_names: Sequence[str], own_names: Sequence[str]
+) -> tuple[dict[str, Any], bool]:
+    here, there = set(own_names), set(saved_names)
     problems = [
         f"{what} {listed(names)}"
         for what, names in (
-            ("it has no state of", [name for name in own_names if name not in set(saved_names)]),
-            ("the optimizer has no", [name for name in saved_names if name not in set(own_names)]),
+            ("it has no state of", [name for name in own_names if name not in there]),
+            ("the optimizer has no", [name for name in saved_names if name not in here]),
         )
         if names
     ]
@@ -171,26 +201,31 @@ def _by_name(optimizer: Optimizer, state: Mapping[str, Any], saved_names: Sequen
             f"LBFGS keeps its state as one vector over all parameters, whose order has changed since it was saved: {listed(own_names)} "
             f"were {listed(saved_names)}; give it the parameters in the order of the checkpoint"
         )
-    home = {name: index for index, group in enumerate(state[_GROUPS]) for name in group[_NAMES]}
-    groups, position = [], 0
+    homes = [index for index, group in enumerate(state[_GROUPS]) for _ in group[_PARAMS]]
+    home = dict(zip(saved_names, homes, strict=True))
+    groups: list[dict[str, Any]] = []
+    position, same_groups = 0, len(state[_GROUPS]) == len(optimizer.param_groups)
     for index, (group, numbers) in enumerate(zip(optimizer.param_groups, _own_numbers(optimizer), strict=True)):
         mine = own_names[position : position + len(numbers)]
         position += len(numbers)
+        first_of = {home[name]: name for name in reversed(mine)}
         # An empty group is that of the same place, if there is one.
         source = home[mine[0]] if mine else index
+        same_groups = same_groups and not first_of.keys() - {index}
         hypers = _hyperparameters(state[_GROUPS][source] if source < len(state[_GROUPS]) else group)
-        for name in mine:
-            differing = _differing(hypers, _hyperparameters(state[_GROUPS][home[name]]))
+        for other in sorted(first_of.keys() - {source}):
+            differing = _differing(hypers, _hyperparameters(state[_GROUPS][other]))
             if differing:
                 raise CheckpointMismatchError(
-                    f"group {index} of the optimizer has {mine[0]} and {name}, which were in groups {source} and {home[name]} when it was "
-                    f"saved, with other values of {listed(differing)}: put them into groups of their own again"
+                    f"group {index} of the optimizer has {listed([mine[0]])} and {listed([first_of[other]])}, which were in groups "
+                    f"{source} and {other} when it was saved, with other values of {listed(differing)}: put them into groups of "
+                    "their own again"
                 )
         groups.append({**hypers, _PARAMS: numbers})
     ids = [number for group in state[_GROUPS] for number in group[_PARAMS]]
     number_of = {name: number for number, name in enumerate(own_names)}
     numbers_here = {saved_id: number_of[name] for saved_id, name in zip(ids, saved_names, strict=True)}
-    return {**state, _STATE: _renumbered(state, numbers_here), _GROUPS: groups}
+    return {**state, _STATE: _renumbered(state, numbers_here), _GROUPS: groups}, same_groups
 
 
 def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
@@ -199,10 +234,13 @@ def _differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]
 
 def _equal(first: Any, second: Any) -> bool:
     if isinstance(first, torch.Tensor) or isinstance(second, torch.Tensor):
-        return isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor) and torch.equal(first, second)
+        if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)) or first.shape != second.shape:
+            return False
+        return bool(((first == second) | (first.isnan() & second.isnan())).all())
     if isinstance(first, list | tuple) and isinstance(second, list | tuple):
         return len(first) == len(second) and all(map(_equal, first, second))
-    return bool(first == second)
+    # NaN, of a loss that nothing has been put into, is itself.
+    return bool(first == second or (isinstance(first, float) and isinstance(second, float) and math.isnan(first) and math.isnan(second)))
 
 
 def _check_shapes(optimizer: Optimizer, state: Mapping[Any, Any], labels: Sequence[str]) -> None:

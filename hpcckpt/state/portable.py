@@ -5,7 +5,7 @@ second of a run.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from hpcckpt.errors import CheckpointSaveError
 _PLAIN: dict[type, Callable[[Any], Any]] = {int: int.__int__, float: float.__float__, str: str.__str__, bytes: bytes.__bytes__}
 # pickle writes longer ones with an opcode that weights_only does not read.
 _INT_BITS = 2032
+# How much of a storage may go into a file for nothing.
+_SPARED_BYTES = 64 * 1024
 
 
 def portable(value: Any, where: str, *, meta: bool = False) -> Any:
@@ -66,3 +68,68 @@ def _key(key: Any, where: str) -> Any:
     if isinstance(key, torch.Tensor):  # is found by identity, which does not survive a file
         raise CheckpointSaveError(f"{where} has a tensor for a key; use strings or numbers")
     return portable(key, f"{where} (a key)")
+
+
+def compacted(content: Any) -> Any:
+    """Return `content` with small views of large storages copied, so that torch.save does not write the whole storages.
+
+    Only storages of which less than half is used. The same view stays one tensor under all of its names.
+    """
+    views: dict[Any, dict[Any, torch.Tensor]] = {}
+    for tensor in _strided(content):
+        storage = tensor.untyped_storage()
+        if storage.nbytes() > _SPARED_BYTES:
+            views.setdefault((tensor.device, storage.data_ptr()), {}).setdefault(_view(tensor), tensor)
+    copies: dict[Any, torch.Tensor] = {}
+    for place, tensors in views.items():
+        whole = max(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+        used = sum(min(tensor.numel(), _span(tensor)) * tensor.element_size() for tensor in tensors.values())
+        if 2 * used < whole and whole - used > _SPARED_BYTES:
+            copies |= {(place, view): _copy(tensor) for view, tensor in tensors.items()}
+    return _replaced(content, copies) if copies else content
+
+
+def _strided(content: Any) -> Iterator[torch.Tensor]:
+    """Yield the plain tensors in containers."""
+    if isinstance(content, torch.Tensor):
+        is_plain = type(content) in {torch.Tensor, torch.nn.Parameter} and content.layout == torch.strided
+        if is_plain and not content.is_meta and not content.is_quantized:
+            yield content
+    elif isinstance(content, Mapping):
+        for item in content.values():
+            yield from _strided(item)
+    elif isinstance(content, list | tuple):
+        for item in content:
+            yield from _strided(item)
+
+
+def _view(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return what tells views of one storage apart."""
+    return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
+
+
+def _span(tensor: torch.Tensor) -> int:
+    """Return the number of elements from a view's first to its last."""
+    if tensor.numel() == 0:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    tensor, span = tensor.detach(), _span(tensor)
+    if span >= tensor.numel():
+        return tensor.clone()
+    # Expanded: what it shows is more than what it is.
+    return tensor.as_strided((span,), (1,)).clone().as_strided(tensor.shape, tensor.stride(), 0)
+
+
+def _replaced(content: Any, copies: Mapping[Any, torch.Tensor]) -> Any:
+    if isinstance(content, torch.Tensor):
+        if next(_strided(content), None) is None:
+            return content
+        return copies.get(((content.device, content.untyped_storage().data_ptr()), _view(content)), content)
+    if isinstance(content, Mapping) and not isinstance(content, Counter):
+        return {key: _replaced(item, copies) for key, item in content.items()}
+    if type(content) in {list, tuple}:
+        return type(content)([_replaced(item, copies) for item in content])
+    return content

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -10,14 +11,27 @@ import torch
 from hpcckpt.distributed import is_sharded, local_state
 from hpcckpt.errors import CheckpointMismatchError, CheckpointSaveError, HpcckptError, UsageError
 from hpcckpt.state.model import LoadReport, load_model_state, model_state, parameter_names, portable_names, wrapper_name
-from hpcckpt.state.optimizer import is_sharded_optimizer, load_optimizer_state, optimizer_state
-from hpcckpt.state.portable import portable
+from hpcckpt.state.optimizer import check_optimizer_state, is_sharded_optimizer, load_optimizer_state, optimizer_state
+from hpcckpt.state.portable import compacted, portable
 
 # Bookkeeping keys of a checkpoint file; every other key is `<tracked name>_state_dict`.
 FORMAT_VERSION = 1
 _SUFFIX = "_state_dict"
 _GROUPS, _PARAMS, _NAMES = "param_groups", "params", "param_names"
 _PARAMETERS = frozenset({_PARAMS, _NAMES})
+
+
+def check_version(content: Mapping[str, Any], path: Path) -> None:
+    """Refuse a file of a later format than this version of hpcckpt reads; one without a format is another program's.
+
+    Raises:
+        CheckpointMismatchError: it is one.
+    """
+    version = content.get("format_version", FORMAT_VERSION)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise CheckpointMismatchError(
+            f"{path}: was written in format {version}, this version reads up to {FORMAT_VERSION}; upgrade hpcckpt"
+        )
 
 
 @runtime_checkable
@@ -48,19 +62,19 @@ class Tracked:
         """
         if not isinstance(value, Stateful):
             raise UsageError(
-                f"run.track({name}=…): a {type(value).__name__} has no state_dict and load_state_dict, so it cannot be restored; "
-                "track an object that has both"
+                f"{name}: a {type(value).__name__} has no state_dict and load_state_dict, so it cannot be restored; "
+                "give an object that has both"
             )
         if name in self._objects:
-            raise UsageError(f"run.track({name}=…): {name} is tracked already; choose another name")
+            raise UsageError(f"{name}: {name} is tracked already; choose another name")
         # What cannot be saved must be found now, not at the first checkpoint. Weights may come with the restore.
         try:
             names = portable_names(value) if isinstance(value, torch.nn.Module) else {}
             state: Any = value.state_dict()
         except HpcckptError as error:
-            raise type(error)(f"run.track({name}=…): {error}") from error
+            raise type(error)(f"{name}: {error}") from error
         except Exception as error:
-            raise UsageError(f"run.track({name}=…): {_unreadable(value, error)}") from error
+            raise UsageError(f"{name}: {_unreadable(value, error)}") from error
         state = local_state(state)
         portable({names.get(key, key): item for key, item in state.items()} if names else state, name, meta=True)
         self._objects[name] = value
@@ -90,8 +104,8 @@ class Tracked:
         """Return the state of every object under its key in the file; {} where `is_main` is false.
 
         Every rank must call it where `has_sharded` is true: what is sharded is gathered onto rank 0's CPU. All other tensors
-        share memory with the objects. What `boundary` holds, from an earlier `small_state`, takes the place of what has
-        changed since.
+        share memory with the objects, small views of large ones aside. What `boundary` holds, from an earlier `small_state`,
+        takes the place of what has changed since.
 
         Raises:
             CheckpointSaveError: an object did not give its state, or one that a file cannot hold; names the object.
@@ -109,7 +123,8 @@ class Tracked:
             # Of an optimizer the boundary holds a part, of everything else in it the whole.
             is_part = isinstance(self._objects[key.removesuffix(_SUFFIX)], torch.optim.Optimizer)
             state[key] = _with_hyperparameters(state[key], earlier) if is_part else earlier
-        return state
+        result: dict[str, Any] = compacted(state)
+        return result
 
     def small_state(self) -> dict[str, Any]:
         """Return a copy of what may change outside of training steps, and is small: schedulers, scalers and their like, and
@@ -139,7 +154,8 @@ class Tracked:
         No object shares memory with `state` afterwards, which may be a file mapped into memory.
 
         Raises:
-            CheckpointMismatchError: an object's state is missing or does not fit; names the object.
+            CheckpointMismatchError: an object's state is missing or does not fit; names the object. Nothing is changed where it
+                is missing, or an optimizer's.
         """
         modules = self._modules()
         wanted = modules if weights_only else self._objects
@@ -147,8 +163,10 @@ class Tracked:
             if f"{name}{_SUFFIX}" not in state:
                 known = ", ".join(key.removesuffix(_SUFFIX) for key in state if key.endswith(_SUFFIX))
                 raise CheckpointMismatchError(
-                    f"the checkpoint has no state for {name!r}; it has {known}: track under the names it was saved with"
+                    f"the checkpoint has no state for {name!r}; it has {known}: give objects the names they were saved with"
                 )
+        if not weights_only:
+            self._check_optimizers(state)
         # Modules first: an optimizer's state goes to the devices on which its parameters are then.
         for name, module in modules.items():
             _load_module(name, module, state[f"{name}{_SUFFIX}"])
@@ -188,6 +206,20 @@ class Tracked:
             raise CheckpointMismatchError(f"not one tensor of the tracked modules is there: {'; '.join(notes)}")
         return tuple(notes)
 
+    def _check_optimizers(self, state: Mapping[str, Any]) -> None:
+        names = self._parameter_names()
+        optimizers = {name: value for name, value in self._objects.items() if isinstance(value, torch.optim.Optimizer)}
+        for name, optimizer in optimizers.items():
+            with _naming(name, optimizer):
+                same_groups = check_optimizer_state(optimizer, state[f"{name}{_SUFFIX}"], names)
+            others = [other for other in optimizers.values() if other is not optimizer]
+            for label, value in () if same_groups else self._objects.items():
+                if isinstance(value, torch.optim.lr_scheduler.LRScheduler) and not any(value.optimizer is other for other in others):
+                    raise CheckpointMismatchError(
+                        f"{name}: groups of parameters come in another order (or number) than when it was saved, and a scheduler ({label}) "
+                        "counts them by position: put them back, or load without the scheduler"
+                    )
+
     def _modules(self) -> dict[str, torch.nn.Module]:
         return {name: value for name, value in self._objects.items() if isinstance(value, torch.nn.Module)}
 
@@ -212,7 +244,7 @@ def _is_sharded(value: Stateful) -> bool:
 def _unreadable(value: object, error: Exception) -> str:
     return (
         f"a {type(value).__name__} did not give its state ({type(error).__name__}: {error}); its state_dict() has to work on every "
-        "rank, at any time and without the other ranks: track something else in its place"
+        "rank, at any time and without the other ranks: give something else in its place"
     )
 
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,3 +204,37 @@ def test_an_interruption_is_an_exit_code(run, monkeypatch, capsys):
     monkeypatch.setattr("hpcckpt.reading.read_content", interrupted)
     assert export(run.root, "--to", TO) == 130
     assert capsys.readouterr().err == "hpcckpt: interrupted\n"
+
+
+@pytest.mark.usefixtures("run")
+def test_what_is_no_tensor_is_left_out_of_safetensors_and_said(capsys):
+    torch.save({"w": torch.zeros(1), "part._extra_state": {"version": 1}}, "x.pt")
+    assert export("x.pt", "--to", TO) == 0
+    assert "1 tensor, without part._extra_state (no tensor), " in capsys.readouterr().out
+    assert load_file(TO).keys() == {"w"}
+    assert export("x.pt", "--to", "y.pt") == 0
+    assert torch.load("y.pt", weights_only=True)["part._extra_state"] == {"version": 1}
+
+
+@pytest.mark.parametrize(("state", "said"), [({}, "holds no tensors"), ({"w": torch.zeros(1, device="meta")}, "w is on the meta device")])
+@pytest.mark.parametrize("target", [TO, "y.bin"])
+@pytest.mark.usefixtures("run")
+def test_where_there_is_nothing_to_export_it_says_so(capsys, state, said, target):
+    torch.save(state, "x.pt")
+    assert said in failed(capsys, "x.pt", "--to", target)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_too_little_memory_is_one_line(run, monkeypatch, capsys, error):
+    def failing(*_, **__):
+        raise error
+
+    monkeypatch.setattr("hpcckpt.weights.save_safetensors", failing)
+    assert "there is not enough memory" in failed(capsys, run.root, "--to", TO)
+
+
+@pytest.mark.usefixtures("run")
+def test_a_view_is_exported_without_what_it_does_not_show():
+    torch.save({"w": torch.randn(1_000_000)[:3]}, "x.pt")
+    assert export("x.pt", "--to", "y.pt") == 0
+    assert Path("y.pt").stat().st_size < 5000

@@ -124,8 +124,8 @@ def test_a_run_of_today_goes_on_from_it(tmp_path):
     assert (info.epoch, info.step, info.epoch_finished, info.metrics) == (3, 12, False, {"val_loss": 0.625})
 
     model = SCRIPT["Net"]()
-    # Other groups, another order: found by name.
-    groups = [[model.norm.bias, model.module.bias, model.module.weight], [model.norm.weight, model.embedding.weight]]
+    # Another order: found by name.
+    groups = [[model.norm.weight, model.embedding.weight], [model.norm.bias, model.module.bias, model.module.weight]]
     optimizer = torch.optim.AdamW([{"params": group} for group in groups], lr=9.0)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [7], gamma=0.9)
     tracked = Tracked()
@@ -135,7 +135,7 @@ def test_a_run_of_today_goes_on_from_it(tmp_path):
     assert as_numbers(model.state_dict()) == MODEL
     parameters = dict(model.named_parameters())
     assert {name: optimizer.state[parameters[name]]["exp_avg"].tolist() for name in EXP_AVG} == EXP_AVG
-    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.01]
     assert scheduler.milestones == Counter({2: 1, 3: 2})
 
 

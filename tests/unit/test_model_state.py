@@ -445,3 +445,62 @@ def test_the_first_fsdp_is_refused_with_what_to_use():
     model[0] = FullyShardedDataParallel(model[0], device_id=torch.device("cpu"))
     with pytest.raises(UsageError, match=r"^0 is a FullyShardedDataParallel, .*fully_shard$"):
         model_state(model)
+
+
+UNFIT = {
+    "meta": (torch.empty(2, 2, device="meta"), "weight is on the meta device in the file"),
+    "sparse": (torch.eye(2).to_sparse(), "weight sparse_coo for strided"),
+    "int8": (torch.ones(2, 2, dtype=torch.int8), "weight int8 for float16"),
+    "complex": (torch.ones(2, 2, dtype=torch.complex64), "weight complex64 for float16"),
+    "too large": (torch.full((2, 2), -1e6), "weight float32 for float16, which cannot hold all"),
+}
+
+
+@pytest.mark.parametrize(("value", "said"), UNFIT.values(), ids=UNFIT)
+def test_what_cannot_become_the_models_tensor_is_found_before_anything_is_touched(value, said):
+    model = nn.Linear(2, 2).half()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointMismatchError, match=f"these cannot be taken over: {said}"):
+        load_model_state(model, {"bias": torch.zeros(2), "weight": value}, cast=True)
+    assert same(dict(model.state_dict()), before)
+    report = load_model_state(model, {"bias": torch.zeros(2), "weight": value}, strict=False, cast=True)
+    assert report.loaded == ("bias",)
+    assert not report.is_complete
+    assert "1 that cannot be taken over: weight " in str(report)
+    assert torch.equal(model.weight, before["weight"])
+
+
+def test_infinity_and_the_largest_number_may_be_converted():
+    model = nn.Linear(2, 1, bias=False).half()
+    load_model_state(model, {"weight": torch.tensor([[float("inf"), 65519.0]])}, cast=True)
+    assert model.weight.tolist() == [[float("inf"), 65504.0]]
+    load_model_state(model, {"weight": torch.tensor([[float("nan"), 1.0]])}, cast=True)
+    assert model.weight[0, 1] == 1
+
+
+def test_one_tensor_takes_no_two_values():
+    model, one = Net(), torch.ones(3, 3)
+    state = {**model_state(Net()), "module.weight": one, "head.weight": one.clone()}
+    assert load_model_state(model, state).is_complete
+    before = model.head.weight.detach().clone()
+    state["head.weight"] = torch.zeros(3, 3)
+    with pytest.raises(
+        CheckpointMismatchError, match=r"module\.weight and head\.weight are one tensor in the model, and differ in the file"
+    ):
+        load_model_state(model, state)
+    assert not {"module.weight", "head.weight"} & set(load_model_state(model, state, strict=False).loaded)
+    assert torch.equal(model.head.weight, before)
+
+
+class Particular(nn.Module):
+    def get_extra_state(self):
+        return {"version": 1}
+
+    def set_extra_state(self, state):
+        raise KeyError(f"vocabulary of {state}")
+
+
+def test_a_module_that_raises_is_an_error_that_says_what_may_have_happened():
+    model = nn.Sequential(nn.Linear(2, 2), Particular())
+    with pytest.raises(CheckpointMismatchError, match=r"a Sequential did not take its state \(KeyError: .*may be loaded in part"):
+        load_model_state(model, model_state(model))

@@ -2,6 +2,8 @@
 
 import copy
 import io
+import math
+import time
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 
 from hpcckpt.errors import CheckpointMismatchError
 from hpcckpt.state.model import parameter_names
-from hpcckpt.state.optimizer import load_optimizer_state, optimizer_state
+from hpcckpt.state.optimizer import check_optimizer_state, load_optimizer_state, optimizer_state
 
 OPTIMIZERS = {
     "SGD": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),
@@ -396,3 +398,41 @@ def test_parameters_without_memory_are_refused():
     target_model = Net().to("meta")
     with pytest.raises(CheckpointMismatchError, match=r"on the meta device.*to_empty"):
         load_optimizer_state(torch.optim.AdamW(target_model.parameters()), saved(model, optimizer), {})
+
+
+def test_names_that_a_wrapper_shows_in_are_matched():
+    model = nn.DataParallel(Net())
+    optimizer = torch.optim.AdamW(model.named_parameters())
+    train(model.module, optimizer)
+    state = through_a_file(optimizer.state_dict())
+    assert state["param_groups"][0]["param_names"][0] == "module.first.weight"
+    target_model, target = fresh(OPTIMIZERS["AdamW foreach"], reversed_parameters)
+    load_optimizer_state(target, state, parameter_names(target_model))
+    assert equal(target.state[target_model.last.bias]["exp_avg"], optimizer.state[model.module.last.bias]["exp_avg"])
+
+
+@pytest.mark.parametrize("nan", [float("nan"), torch.tensor(float("nan"))])
+def test_a_hyperparameter_that_is_nan_is_the_same_in_two_groups(nan):
+    model, optimizer = trained(groups=lambda model: [{"params": [parameter]} for parameter in model.parameters()])
+    for group in optimizer.param_groups:
+        group["last_loss"] = copy.deepcopy(nan)
+    target_model, target = fresh(OPTIMIZERS["AdamW foreach"])
+    load_optimizer_state(target, saved(model, optimizer), parameter_names(target_model))
+    assert math.isnan(target.param_groups[0]["last_loss"])
+
+
+def test_many_parameters_are_matched_by_name_in_no_time():
+    model = nn.ParameterDict({f"p{index}": nn.Parameter(torch.zeros(1)) for index in range(20_000)})
+    optimizer, names = torch.optim.SGD(model.parameters()), parameter_names(model)
+    state = optimizer_state(optimizer, names)
+    began = time.process_time()
+    assert check_optimizer_state(optimizer, state, names)
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("names", [7, ["first.weight", ["x"]]])
+def test_what_is_no_list_of_names_is_none(names):
+    model, optimizer = trained()
+    state = saved(model, optimizer)
+    state["param_groups"][0]["param_names"] = names
+    assert check_optimizer_state(optimizer, state, parameter_names(model))

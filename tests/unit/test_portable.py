@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hpcckpt.errors import CheckpointSaveError
-from hpcckpt.state.portable import portable
+from hpcckpt.state.portable import compacted, portable
 
 
 class Colour(enum.StrEnum):
@@ -185,3 +185,19 @@ def test_whatever_is_accepted_is_read_back_equal(value):
         return
     assert identical(bitwise(through_a_file(plain)), bitwise(plain))
     assert identical(bitwise(portable(plain, "state")), bitwise(plain))
+
+
+def test_views_are_copied_where_most_of_their_storage_would_be_written_for_nothing():
+    large = torch.arange(100_000.0)
+    half, row, spread = large[:60_000], large[100:200], torch.ones(100_000)[:2].expand(1 << 20, 2)
+    content = {"whole": [half], "n": 1}
+    assert compacted(content) is content
+    assert compacted([row, large])[0] is row
+    copied = compacted({"a": row, "b": (row, Counter(x=1)), "c": row.view(10, 10).t(), "spread": spread})
+    assert torch.equal(copied["a"], row)
+    assert copied["a"].untyped_storage().nbytes() == 400
+    assert copied["a"] is copied["b"][0]
+    assert type(copied["b"][1]) is Counter
+    assert torch.equal(copied["c"], row.view(10, 10).t())
+    assert copied["spread"].shape == spread.shape
+    assert copied["spread"].untyped_storage().nbytes() == 8

@@ -1,6 +1,7 @@
 """Bytes become content in one place: any kind of file, nothing executed, one clear error for what cannot be read."""
 
 import argparse
+import errno
 import os
 import pickle
 import struct
@@ -164,10 +165,13 @@ def test_no_fifo_and_no_device_is_waited_for(tmp_path):
         read_content(Path("/dev/zero"))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_what_may_not_be_read_says_so(tmp_path):
+def test_what_may_not_be_read_says_so(tmp_path, monkeypatch):
     zipped(tmp_path / "x.pt")
-    (tmp_path / "x.pt").chmod(0)
+
+    def refuse(*_arguments):  # as the kernel does, but for root
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(CheckpointCorruptError, match="cannot be opened"):
         read_content(tmp_path / "x.pt")
 
@@ -312,3 +316,14 @@ def test_a_file_that_is_swapped_once_it_was_opened_is_not_read(tmp_path, write, 
     with pytest.raises(CheckpointMismatchError):
         read_content(path)
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_a_file_that_unpacks_to_very_much_more_is_refused(tmp_path, mmap):
+    torch.save({"w": torch.zeros(1_000_000)}, tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as small:
+        for name in plain.namelist():
+            small.writestr(name, plain.read(name))
+    with pytest.raises(CheckpointCorruptError, match=r"is a zip file of \d+ bytes that would take 4\d+ in memory"):
+        read_content(tmp_path / "x.pt", mmap=mmap)
+    assert read_content(tmp_path / "plain.pt", mmap=mmap)["w"].numel() == 1_000_000

@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler as lr
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 
 from hpcckpt.errors import CheckpointMismatchError, CheckpointSaveError, UsageError
-from hpcckpt.state.tracked import Stateful, Tracked
+from hpcckpt.state.tracked import Stateful, Tracked, check_version
 
 OPTIMIZERS = {
     "SGD": lambda params: torch.optim.SGD(params, lr=0.05),
@@ -222,7 +222,7 @@ class Half:
 @pytest.mark.parametrize("value", [object(), None, 3, [nn.Linear(1, 1)], Half()], ids=str)
 def test_what_has_no_state_is_refused(value):
     assert not isinstance(value, Stateful)
-    with pytest.raises(UsageError, match=r"run\.track\(thing=…\): .* has no state_dict and load_state_dict"):
+    with pytest.raises(UsageError, match=r"^thing: .* has no state_dict and load_state_dict"):
         Tracked().add("thing", value)
 
 
@@ -420,9 +420,7 @@ class Refusing(Counting):
 
 
 def test_an_object_that_does_not_give_its_state_is_named_with_its_reason():
-    with pytest.raises(
-        UsageError, match=r"^run\.track\(odd=…\): a Refusing did not give its state \(ValueError: not consolidated\); its state_dict"
-    ):
+    with pytest.raises(UsageError, match=r"^odd: a Refusing did not give its state \(ValueError: not consolidated\); its state_dict"):
         Tracked().add("odd", Refusing(1))
     tracked, odd = Tracked(), Refusing()
     tracked.add("odd", odd)
@@ -433,7 +431,7 @@ def test_an_object_that_does_not_give_its_state_is_named_with_its_reason():
 
 
 def test_a_module_that_has_seen_no_data_is_refused_with_what_to_do():
-    with pytest.raises(UsageError, match=r"^run\.track\(model=…\): weight has no shape .* run one batch through the model"):
+    with pytest.raises(UsageError, match=r"^model: weight has no shape .* run one batch through the model"):
         Tracked().add("model", nn.LazyLinear(2))
 
 
@@ -491,3 +489,63 @@ def test_weights_of_which_nothing_fits_are_refused():
     tracked, *_ = two_modules()
     with pytest.raises(CheckpointMismatchError, match=r"not one tensor of the tracked modules is there: .*1 unexpected: other"):
         tracked.load_weights({"model": {"other": torch.ones(1)}}, strict=False)
+
+
+def with_scheduler(groups, lr_of=lambda _: 0.1):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    optimizer = torch.optim.SGD([{"params": model[index].parameters(), "lr": lr_of(index)} for index in groups], momentum=0.9)
+    tracked = Tracked()
+    for name, value in (("model", model), ("optimizer", optimizer), ("scheduler", lr.LambdaLR(optimizer, lambda epoch: 0.9**epoch))):
+        tracked.add(name, value)
+    return model, optimizer, tracked
+
+
+def test_a_scheduler_does_not_give_one_groups_rates_to_another():
+    rates = {0: 1.0, 1: 0.01}.get
+    state = through_a_file(with_scheduler([0, 1], rates)[2].state())
+    model, optimizer, tracked = with_scheduler([1, 0], rates)
+    before = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    with pytest.raises(CheckpointMismatchError, match=r"^optimizer: groups of parameters come in another order .*\(scheduler\)"):
+        tracked.load(state)
+    assert repr([model.state_dict(), optimizer.state_dict()]) == repr(before)
+    alone = Tracked()
+    alone.add("model", model)
+    alone.add("optimizer", optimizer)
+    alone.load(state)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 1.0]
+
+
+def test_a_scheduler_does_not_lose_count_of_groups_that_were_split():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    optimizer = torch.optim.SGD(model.parameters())
+    state = saved_from(model=model, optimizer=optimizer, scheduler=lr.ReduceLROnPlateau(optimizer))
+    with pytest.raises(CheckpointMismatchError, match="another order"):
+        with_scheduler([0, 1])[2].load({**state, "scheduler_state_dict": {}})
+
+
+def test_an_optimizer_that_does_not_fit_leaves_the_model_as_it_was():
+    model, state = nn.Linear(2, 2), saved_from(model=(source := nn.Linear(2, 2)), optimizer=torch.optim.SGD(source.parameters()))
+    tracked, before = Tracked(), model.weight.detach().clone()
+    tracked.add("model", model)
+    tracked.add("optimizer", torch.optim.SGD([model.weight]))
+    with pytest.raises(CheckpointMismatchError, match="optimizer: the checkpoint does not fit the optimizer"):
+        tracked.load(state)
+    assert torch.equal(model.weight, before)
+
+
+def test_a_small_view_does_not_take_its_whole_storage_along():
+    large, model = torch.randn(1_000_000), nn.Module()
+    model.register_buffer("first", large[:10])
+    model.register_buffer("again", model.first)
+    state = saved_from(model=model)["model_state_dict"]
+    assert torch.equal(state["first"], large[:10])
+    assert state["first"].untyped_storage().nbytes() == 40
+    assert state["first"].data_ptr() == state["again"].data_ptr()
+
+
+def test_a_file_of_a_later_format_is_refused(tmp_path):
+    check_version({}, tmp_path)
+    check_version({"format_version": 1}, tmp_path)
+    for version in (2, "1", None):
+        with pytest.raises(CheckpointMismatchError, match=r"was written in format .* upgrade hpcckpt"):
+            check_version({"format_version": version}, tmp_path)

@@ -26,6 +26,7 @@ from hpcckpt import (
     weights,
 )
 from hpcckpt.errors import CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError, CheckpointSaveError, UsageError
+from hpcckpt.state.foreign import renamed
 
 NEEDED_BY_TORCH = ("torch", "torchgen", "typing_extensions.py", "sympy", "mpmath", "networkx", "jinja2", "markupsafe", "fsspec", "filelock")
 
@@ -302,15 +303,17 @@ def test_of_two_prefixes_one_has_to_be_chosen(tmp_path):
     model = Net()
     report = load_weights(model, tmp_path / "x.pt", prefix="ema", strict=False)
     assert same(plain(model), plain(two))
-    assert set(report.unexpected) == {f"model.{name}" for name in plain(one)}
+    assert report.is_complete
+    assert load_weights(Net(), tmp_path / "x.pt", prefix="ema").is_complete
 
 
 def test_a_name_that_is_left_over_takes_no_other_ones_place(tmp_path):
     torch.save({"weight": torch.zeros(2, 2), "model.weight": torch.ones(2, 2)}, tmp_path / "x.pt")
     model = nn.Linear(2, 2, bias=False)
-    report = load_weights(model, tmp_path / "x.pt", prefix="model.", strict=False)
+    assert load_weights(model, tmp_path / "x.pt", prefix="model.").is_complete
     assert torch.equal(model.weight, torch.ones(2, 2))
-    assert report.unexpected == ("weight (beside model.weight)",)
+    state = {"weight": torch.zeros(2, 2), "model.weight": torch.ones(2, 2)}
+    assert list(renamed(state, {"weight": "model.weight"})) == ["weight", "weight (beside model.weight)"]
 
 
 def test_tensors_become_what_the_model_has(tmp_path):
@@ -537,3 +540,77 @@ def test_safetensors_alone_reads_an_export_back_bit_for_bit(tmp_path):
 
 def test_the_library_is_one_that_is_declared():
     assert tuple(map(int, version("safetensors").split(".")[:2])) >= (0, 5)
+
+
+def test_nothing_outside_of_a_prefix_is_used(tmp_path):
+    class Scaled(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+            self.scale = nn.Parameter(torch.ones(()))
+
+    torch.save({"model.weight": torch.ones(2, 2), "model.bias": torch.ones(2), "scale": torch.tensor(77.0)}, tmp_path / "x.pt")
+    for options in ({}, {"prefix": "model."}):
+        with pytest.raises(CheckpointMismatchError, match="it lacks scale"):
+            load_weights(Scaled(), tmp_path / "x.pt", **options)
+        model = Scaled()
+        load_weights(model, tmp_path / "x.pt", strict=False, **options)
+        assert model.scale == 1
+        assert torch.equal(model.bias, torch.ones(2))
+
+
+def test_a_file_of_a_later_format_is_not_read(tmp_path):
+    model, optimizer = trained()
+    save_dataparallel_checkpoint(model, optimizer, 1, tmp_path / "x.pt")
+    torch.save({**torch.load(tmp_path / "x.pt"), "format_version": 2}, tmp_path / "x.pt")
+    for load in (
+        lambda: load_weights(model, tmp_path / "x.pt"),
+        lambda: load_dataparallel_checkpoint(model, None, tmp_path / "x.pt", "cpu"),
+    ):
+        with pytest.raises(CheckpointMismatchError, match="was written in format 2"):
+            load()
+
+
+def test_an_optimizer_that_does_not_fit_leaves_the_model_alone(tmp_path):
+    source, model = nn.Linear(2, 2), nn.Linear(2, 2)
+    save_dataparallel_checkpoint(source, torch.optim.SGD(source.parameters()), 0, tmp_path / "x.pt")
+    before = model.weight.detach().clone()
+    with pytest.raises(CheckpointMismatchError, match="optimizer: "):
+        load_dataparallel_checkpoint(model, torch.optim.SGD([model.weight]), tmp_path / "x.pt", "cpu")
+    assert torch.equal(model.weight, before)
+
+
+def test_a_conversion_is_logged(tmp_path, caplog):
+    torch.save(nn.Linear(2, 2).half().state_dict(), tmp_path / "x.pt")
+    with caplog.at_level(logging.INFO, "hpcckpt"):
+        load_checkpoint_universal(nn.Linear(2, 2), tmp_path / "x.pt")
+    assert "2 of another dtype: weight float16 for float32" in caplog.text
+
+
+def test_a_small_view_makes_a_small_file(tmp_path):
+    save_dataparallel_checkpoint(nn.Linear(1, 1), None, 0, tmp_path / "x.pt", row=torch.randn(1000, 1000)[3])
+    assert (tmp_path / "x.pt").stat().st_size < 20_000
+
+
+def test_names_in_messages_do_nothing_to_a_terminal(tmp_path):
+    state = {"weight": torch.zeros(2, 2), "bias": torch.zeros(2)}
+    for content in ({"\x1b[2J\n" + "x" * 100_000: torch.zeros(2)}, {**state, "\x1b[2J\n" + "x" * 100_000: torch.zeros(2)}, {"\x07": 3}):
+        torch.save(content, tmp_path / "x.pt")
+        with pytest.raises(CheckpointMismatchError) as caught:
+            load_weights(nn.Linear(2, 2), tmp_path / "x.pt")
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 1000
+
+
+def test_a_note_that_is_no_name_is_nothing_the_model_lacks(tmp_path):
+    source = nn.Linear(2, 2)
+    save_file(dict(source.state_dict()), tmp_path / "x", metadata={"format": "pt", "best": "weight"})
+    assert load_weights(nn.Linear(2, 2), tmp_path / "x").is_complete
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "said"), [("\ud800w", torch.zeros(1), "cannot be the name"), ("w", torch.zeros(1).expand(1 << 40), "expanded")]
+)
+def test_what_a_safetensors_file_cannot_say_is_refused(tmp_path, name, tensor, said):
+    with pytest.raises(CheckpointSaveError, match=said):
+        save_safetensors({name: tensor}, tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
