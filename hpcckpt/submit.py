@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpcckpt.cli.exits import EXIT_INTERRUPTED, EXIT_OK, EXIT_RUN_FAILED, exit_code
+from hpcckpt.exits import EXIT_INTERRUPTED, EXIT_OK, EXIT_RUN_FAILED, exit_code
 
 if TYPE_CHECKING:
     from hpcckpt.launch import Submitted

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpcckpt.cli.exits import EXIT_OK, exit_code
+from hpcckpt.exits import EXIT_OK, exit_code
 
 if TYPE_CHECKING:
     from hpcckpt.layout import RunLayout

@@ -16,7 +16,7 @@ PACKAGE = Path(hpcckpt.__file__).parent
 
 # A package stands for all of its modules.
 FLOORS = {
-    "submit": 6, "cli": 6,
+    "submit": 6, "cli": 6, "exits": 6,
     "launch": 5, "task": 5,
     "run": 4,
     "checkpoint": 3, "manager": 3, "requeue": 3, "reading": 3, "weights": 3,
@@ -30,7 +30,8 @@ SIDEWAYS = {
     ("config.loader", "errors"): "what it raises; errors imports nothing",
     ("environment", "errors"): "what it raises; errors imports nothing",
     ("cli.main", "submit"): "`hpcckpt submit` is `python -m hpcckpt.submit`",
-    ("submit", "cli.exits"): "errors become exit codes in one place",
+    ("submit", "exits"): "errors become exit codes in one place",
+    ("cli.ckpt", "exits"): "errors become exit codes in one place",
     ("weights", "reading"): "the one place where a file becomes content",
     ("launch.local", "task"): "the callable that submitit pickles",
     ("launch.slurm", "task"): "the callable that submitit pickles",
