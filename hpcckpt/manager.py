@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hpcckpt.checkpoint import Position, collected, commit
+from hpcckpt.checkpoint import Position, collected, commit, plain_metrics
 from hpcckpt.distributed import Collectives
 from hpcckpt.environment import TaskEnvironment
 from hpcckpt.errors import CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError, TaskEnvironmentError, UsageError
@@ -152,6 +152,7 @@ class DDPCheckpointManager:
         *,
         is_best: bool,
     ) -> Path:
+        numbers = plain_metrics(metrics)  # before anything is moved
         if not self._claimed:
             # Not before the first save: whoever only loads must not fence off a run that is training.
             try:
@@ -166,7 +167,7 @@ class DDPCheckpointManager:
             self._store,
             position,
             state,
-            metrics=metrics,
+            metrics=numbers,
             wrapper=wrapper,
             generators=generators,
             data_state={"loaders": {}, "last_loader": None},

@@ -130,3 +130,16 @@ def test_an_attempt_that_was_overtaken_changes_requeues_and_hangs_nothing(ranks,
     assert all("took over; this one stops without touching anything" in output for output in attempt.outputs)
     assert checkpoints_of(folder) == before
     assert "requeue" not in [json.loads(line)["event"] for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+def test_a_second_run_in_the_same_directory_is_refused_on_all_ranks_and_the_first_goes_on(ranks, same_state, tmp_path, wait_until):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    first = ranks.start([SCRIPT, str(folder), "args.step_s=1.5"], 2)
+    wait_until((folder / "checkpoints" / "generation.json").exists, "a claim")
+    job_id = json.loads((folder / "checkpoints" / "generation.json").read_text())["job_id"]
+    second = ranks.run([SCRIPT, str(folder)], 2)
+    assert all(code != 0 for code in second.codes)
+    assert all(f"job {job_id} on " in output and "is running in this directory" in output for output in second.outputs)
+    assert ranks.finish(first).codes == [0, 0]
+    assert ranks.run([SCRIPT, str(whole)], 2).codes == [0, 0]
+    same_state(whole, folder)

@@ -364,10 +364,10 @@ def test_what_is_a_number_is_a_plain_one_in_the_file(manager, given, kept):
 @pytest.mark.parametrize("value", [None, "low", [0.1, 0.2], {"a": 1}, torch.zeros(2)], ids=str)
 def test_a_metric_that_is_no_number_is_refused_before_anything_is_written(manager, value):
     model, optimizer, _ = trained()
-    manager.save(model, optimizer, 0, {"loss": 1.0})
+    manager.save(model, optimizer, 1, {"loss": 1.0})
     with pytest.raises(UsageError, match=r"metrics: loss is a .*, not a number"):
-        manager.save(model, optimizer, 1, {"loss": value})
-    assert manager.load(model, optimizer)[0] == 0
+        manager.save(model, optimizer, 0, {"loss": value})
+    assert manager.load(model, optimizer)[0] == 1
 
 
 def test_metrics_by_number_are_found_again(manager):
