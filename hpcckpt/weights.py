@@ -3,7 +3,6 @@
 None of these functions is a collective. A model that is spread over ranks is saved by a Run or a checkpoint manager.
 """
 
-import contextlib
 import ctypes
 import json
 import logging
@@ -23,7 +22,7 @@ from hpcckpt.state.model import LoadReport, load_model_state, model_state, param
 from hpcckpt.state.optimizer import check_optimizer_state, load_optimizer_state, optimizer_state
 from hpcckpt.state.portable import compacted, portable
 from hpcckpt.state.text import listed, printable
-from hpcckpt.state.tracked import FORMAT_VERSION, check_version
+from hpcckpt.state.tracked import FORMAT_VERSION, check_version, naming
 from hpcckpt.store.durable import write_durably
 
 _LOG = logging.getLogger("hpcckpt")
@@ -121,12 +120,12 @@ def load_dataparallel_checkpoint(
     if optimizer is not None and not isinstance(saved_optimizer, Mapping):
         raise CheckpointMismatchError(f"{path}: has no optimizer_state_dict; give optimizer=None to load the model alone")
     if optimizer is not None and isinstance(saved_optimizer, Mapping):
-        with _naming_optimizer(optimizer, path):
+        with naming(f"{path}: optimizer", optimizer):
             check_optimizer_state(optimizer, saved_optimizer, parameter_names(model))
     _load(model, state, path)
     model = model.to(target)
     if optimizer is not None and isinstance(saved_optimizer, Mapping):
-        with _naming_optimizer(optimizer, path):
+        with naming(f"{path}: optimizer", optimizer):
             load_optimizer_state(optimizer, saved_optimizer, parameter_names(model))
     return (DataParallel(model, _device_ids(target, device_ids)) if wraps else model), epoch
 
@@ -268,19 +267,6 @@ def _load(model: nn.Module, state: Mapping[str, Any], path: Path, *, prefix: str
     if wanted and not report.loaded:
         raise CheckpointMismatchError(f"{path}: not one tensor fits the model: {report}")
     return report
-
-
-@contextlib.contextmanager
-def _naming_optimizer(optimizer: Optimizer, path: Path) -> Iterator[None]:
-    try:
-        yield
-    except CheckpointMismatchError as error:
-        raise CheckpointMismatchError(f"{path}: optimizer: {error}") from None
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        raise CheckpointMismatchError(
-            f"{path}: the {type(optimizer).__name__} did not take its saved state ({type(error).__name__}: {error}); was it built "
-            "differently when it was saved? Give optimizer=None to load the model alone"
-        ) from error
 
 
 def _device_ids(device: torch.device, device_ids: Sequence[int] | None) -> list[int] | None:

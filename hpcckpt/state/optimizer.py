@@ -16,6 +16,7 @@ from torch.optim import LBFGS, Adafactor, Optimizer
 from hpcckpt.distributed import full_state, holds_shards, shard_like
 from hpcckpt.errors import CheckpointMismatchError
 from hpcckpt.state.foreign import fit_names
+from hpcckpt.state.portable import plain_tensors
 from hpcckpt.state.text import listed
 
 _STATE, _GROUPS, _PARAMS, _NAMES, _STEP = "state", "param_groups", "params", "param_names", "step"
@@ -303,7 +304,7 @@ def _load(optimizer: Optimizer, state: dict[str, Any]) -> None:
         raise
     if own_way:
         return
-    taken = set(_storages(state[_STATE]))
+    taken = _storages(state[_STATE])
     saved = {id(parameter): state[_STATE].get(number) for number, parameter in enumerate(parameters(optimizer))}
     for key in list(optimizer.state):
         optimizer.state[key] = _settled(optimizer.state[key], saved.get(id(key)), None, taken)
@@ -318,7 +319,7 @@ def _settled(loaded: Any, saved: Any, key: object, taken: set[int]) -> Any:
         same = isinstance(saved, torch.Tensor) and saved.shape == loaded.shape
         if same and saved.dtype != loaded.dtype and key != _STEP:
             return saved.to(loaded.device, copy=True)
-        return loaded.clone() if taken.intersection(_storages(loaded)) else loaded
+        return loaded.clone() if taken & _storages(loaded) else loaded
     if type(loaded) is dict:
         there = saved if isinstance(saved, Mapping) else {}
         return {name: _settled(item, there.get(name), name, taken) for name, item in loaded.items()}
@@ -328,14 +329,6 @@ def _settled(loaded: Any, saved: Any, key: object, taken: set[int]) -> Any:
     return loaded
 
 
-def _storages(state: Any) -> Iterator[int]:
-    """Yield where each plain tensor in `state` has its memory; parts of sharded ones are copies already."""
-    if type(state) is torch.Tensor and state.layout == torch.strided:
-        if state.untyped_storage().data_ptr():
-            yield state.untyped_storage().data_ptr()
-    elif isinstance(state, Mapping):
-        for value in state.values():
-            yield from _storages(value)
-    elif isinstance(state, list | tuple):
-        for value in state:
-            yield from _storages(value)
+def _storages(state: Any) -> set[int]:
+    """Return where the plain tensors in `state` have their memory; parts of sharded ones are copies already."""
+    return {tensor.untyped_storage().data_ptr() for tensor in plain_tensors(state)} - {0}

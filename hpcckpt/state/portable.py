@@ -76,7 +76,7 @@ def compacted(content: Any) -> Any:
     Only storages of which less than half is used. The same view stays one tensor under all of its names.
     """
     views: dict[Any, dict[Any, torch.Tensor]] = {}
-    for tensor in _strided(content):
+    for tensor in plain_tensors(content):
         storage = tensor.untyped_storage()
         if storage.nbytes() > _SPARED_BYTES:
             views.setdefault((tensor.device, storage.data_ptr()), {}).setdefault(_view(tensor), tensor)
@@ -89,18 +89,18 @@ def compacted(content: Any) -> Any:
     return _replaced(content, copies) if copies else content
 
 
-def _strided(content: Any) -> Iterator[torch.Tensor]:
-    """Yield the plain tensors in containers."""
+def plain_tensors(content: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors with memory of their own layout in any nesting of containers: dense, not quantized, of no subclass."""
     if isinstance(content, torch.Tensor):
         is_plain = type(content) in {torch.Tensor, torch.nn.Parameter} and content.layout == torch.strided
         if is_plain and not content.is_meta and not content.is_quantized:
             yield content
     elif isinstance(content, Mapping):
         for item in content.values():
-            yield from _strided(item)
+            yield from plain_tensors(item)
     elif isinstance(content, list | tuple):
         for item in content:
-            yield from _strided(item)
+            yield from plain_tensors(item)
 
 
 def _view(tensor: torch.Tensor) -> tuple[Any, ...]:
@@ -125,7 +125,7 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 def _replaced(content: Any, copies: Mapping[Any, torch.Tensor]) -> Any:
     if isinstance(content, torch.Tensor):
-        if next(_strided(content), None) is None:
+        if next(plain_tensors(content), None) is None:
             return content
         return copies.get(((content.device, content.untyped_storage().data_ptr()), _view(content)), content)
     if isinstance(content, Mapping) and not isinstance(content, Counter):

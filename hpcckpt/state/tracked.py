@@ -210,7 +210,7 @@ class Tracked:
         names = self._parameter_names()
         optimizers = {name: value for name, value in self._objects.items() if isinstance(value, torch.optim.Optimizer)}
         for name, optimizer in optimizers.items():
-            with _naming(name, optimizer):
+            with naming(name, optimizer):
                 same_groups = check_optimizer_state(optimizer, state[f"{name}{_SUFFIX}"], names)
             others = [other for other in optimizers.values() if other is not optimizer]
             for label, value in () if same_groups else self._objects.items():
@@ -279,12 +279,12 @@ def _with_hyperparameters(state: Mapping[str, Any], earlier: Mapping[str, Any]) 
 
 
 def _load_module(name: str, module: torch.nn.Module, saved: Mapping[str, Any], *, strict: bool = True, cast: bool = False) -> LoadReport:
-    with _naming(name, module):
+    with naming(name, module):
         return load_model_state(module, saved, strict=strict, cast=cast)
 
 
 def _load_other(name: str, value: Stateful, saved: Any, names: Mapping[int, str]) -> None:
-    with _naming(name, value):
+    with naming(name, value):
         if isinstance(value, torch.optim.Optimizer):
             load_optimizer_state(value, saved, names)
         else:
@@ -292,8 +292,8 @@ def _load_other(name: str, value: Stateful, saved: Any, names: Mapping[int, str]
 
 
 @contextlib.contextmanager
-def _naming(name: str, value: object) -> Iterator[None]:
-    """Have errors name the object whose state does not fit."""
+def naming(name: str, value: object) -> Iterator[None]:
+    """Have errors name the object whose state does not fit, by `name`."""
     try:
         yield
     except HpcckptError as error:
