@@ -65,7 +65,8 @@ class Collectives:
                 f"rank {rank} of {world_size}: torch.distributed says rank {dist.get_rank()} of {dist.get_world_size()}; give its numbers"
             )
         gloo = dist.get_backend() == "gloo"
-        return cls(rank, world_size, dist.group.WORLD if gloo or world_size == 1 else dist.new_group(backend="gloo"))
+        # None is the default group. A reference of our own would keep it alive behind its end.
+        return cls(rank, world_size, None if gloo or world_size == 1 else dist.new_group(backend="gloo"))
 
     @property
     def is_main(self) -> bool:
@@ -144,7 +145,7 @@ class Ranks(Collectives):
                 timeout=timedelta(seconds=max(timeout_s, COLLECTIVE_TIMEOUT_S)),
             )
             # NCCL connects at its first collective only, so this is where its ranks meet.
-            control = dist.group.WORLD if backend == "gloo" else dist.new_group(backend="gloo")
+            control = None if backend == "gloo" else dist.new_group(backend="gloo")
         super().__init__(task.rank, task.world_size, control)
         self._open = True
 

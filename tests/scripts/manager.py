@@ -3,6 +3,7 @@
 python manager.py CHECKPOINT_DIR PHASE
 """
 
+import gc
 import os
 import resource
 import sys
@@ -51,32 +52,41 @@ folder, phase = Path(sys.argv[1]), sys.argv[2]
 rank, world_size = int(os.environ["SUBMITIT_LOCAL_GLOBALID"]), int(os.environ["SUBMITIT_LOCAL_NTASKS"])
 os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 dist.init_process_group("gloo", init_method=f"file://{folder}.{phase}.store", rank=rank, world_size=world_size)
-manager = hpcckpt.DDPCheckpointManager(folder, rank, world_size)
-model, optimizer, scheduler = built()
-if phase.startswith("train"):
-    train(manager, model, optimizer, scheduler, int(phase.removeprefix("train")))
-    print("weights", sum(float(value.double().sum()) for value in model.state_dict().values()).hex())
-    print("rng", torch.rand(1).item())
-if phase == "faults":
-    manager.save(model, optimizer, 0)
-    if rank == 0:
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
-    print("full", outcome(lambda: manager.save(model, optimizer, 1)))
-    if rank == 0:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    print("newest", outcome(lambda: manager.load(model, optimizer)[0]))
-    print("missing", outcome(lambda: manager.load(model, optimizer, filepath="gone.pt")))
-    print("name", outcome(lambda: manager.save(model, optimizer, 1, filename="../x.pt")))
-    print("misfit", outcome(lambda: manager.load(nn.Linear(1, 1) if rank == 1 else model)))
-    print("tracked", outcome(lambda: manager.save(model, optimizer, 1, scheduler=None if rank == 0 else object())))
-    print("metric", outcome(lambda: manager.save(model, optimizer, 1, {"loss": "low"})))
-    print("numbers", outcome(lambda: hpcckpt.DDPCheckpointManager(folder, rank, world_size + 1)))
-    if rank == 0:
-        path = folder / "checkpoint_epoch0000.pt"
-        path.write_bytes(path.read_bytes()[:-1])
-    dist.barrier()
-    print("damaged", outcome(lambda: manager.load(model, optimizer)))
-    manager.save(model, optimizer, 2)
-    print("after", outcome(lambda: manager.load(model, optimizer)[0]))
+
+
+def main() -> None:
+    manager = hpcckpt.DDPCheckpointManager(folder, rank, world_size)
+    model, optimizer, scheduler = built()
+    if phase.startswith("train"):
+        train(manager, model, optimizer, scheduler, int(phase.removeprefix("train")))
+        print("weights", sum(float(value.double().sum()) for value in model.state_dict().values()).hex())
+        print("rng", torch.rand(1).item())
+    if phase == "faults":
+        manager.save(model, optimizer, 0)
+        if rank == 0:
+            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+        print("full", outcome(lambda: manager.save(model, optimizer, 1)))
+        if rank == 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        print("newest", outcome(lambda: manager.load(model, optimizer)[0]))
+        print("missing", outcome(lambda: manager.load(model, optimizer, filepath="gone.pt")))
+        print("name", outcome(lambda: manager.save(model, optimizer, 1, filename="../x.pt")))
+        print("misfit", outcome(lambda: manager.load(nn.Linear(1, 1) if rank == 1 else model)))
+        print("tracked", outcome(lambda: manager.save(model, optimizer, 1, scheduler=None if rank == 0 else object())))
+        print("metric", outcome(lambda: manager.save(model, optimizer, 1, {"loss": "low"})))
+        print("numbers", outcome(lambda: hpcckpt.DDPCheckpointManager(folder, rank, world_size + 1)))
+        if rank == 0:
+            path = folder / "checkpoint_epoch0000.pt"
+            path.write_bytes(path.read_bytes()[:-1])
+        dist.barrier()
+        print("damaged", outcome(lambda: manager.load(model, optimizer)))
+        manager.save(model, optimizer, 2)
+        print("after", outcome(lambda: manager.load(model, optimizer)[0]))
+
+
+main()
+# Freed before the process group ends: torch may abort where a DDP model outlives it.
+gc.collect()
+dist.barrier()
 dist.destroy_process_group()
