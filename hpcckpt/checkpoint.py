@@ -241,7 +241,7 @@ class Checkpointer:
 
     def _load_content(self, content: Any, path: Path, *, weights_only: bool, strict: bool, own: bool) -> Restored:
         if weights_only:
-            notes = self._tracked.load_weights(self._weights(content), strict=strict)
+            notes = self._tracked.load_weights(self._weights(content, path), strict=strict)
             seed = derive_seed(self._seed, "rank", self._ranks.rank)
             return Restored(path=path, put_back=lambda: seed_all(seed), notes=("weights only: a new run begins from them", *notes))
         place = _place_in(content, path)
@@ -257,11 +257,14 @@ class Checkpointer:
 
         return replace(place, put_back=put_back, notes=notes)
 
-    def _weights(self, content: Any) -> dict[str, Mapping[str, Any]]:
+    def _weights(self, content: Any, path: Path) -> dict[str, Mapping[str, Any]]:
         """Return the state of each tracked module that a file has: one of a run, or of any other program."""
         names = self._tracked.module_names()
         if isinstance(content, dict) and "format_version" in content:
-            return {name: content[f"{name}_state_dict"] for name in names if f"{name}_state_dict" in content}
+            check_version(content, path)
+            saved = {name: content[f"{name}_state_dict"] for name in names if f"{name}_state_dict" in content}
+            # Matched as any other file's: save_dataparallel_checkpoint may have kept a wrapper's names.
+            return {name: fitted(state, set(names[name])) for name, state in saved.items()}
         target = "model" if "model" in names else next(iter(names), None)
         if target is None or ("model" not in names and len(names) > 1):
             raise CheckpointMismatchError(

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from hpcckpt import save_dataparallel_checkpoint
 from hpcckpt.checkpoint import Checkpointer, Position
 from hpcckpt.config import ResumeConfig
 from hpcckpt.distributed import Collectives
@@ -119,6 +120,20 @@ def test_the_weights_of_another_run_go_to_the_objects_they_were_saved_from(layou
     attempt.start_from(other.layout.checkpoints / "checkpoint_epoch0000.pt", weights_only=True)
     for name in ("model", "critic"):
         assert same(attempt.objects[name], other.objects[name].state_dict())
+
+
+def test_weights_that_were_saved_with_a_wrappers_names_begin_a_run_too(layout, tmp_path):
+    other = nn.DataParallel(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)))
+    save_dataparallel_checkpoint(other, None, 3, tmp_path / "wrapped.pt", save_portable=False)
+    attempt = Attempt(layout, seed=9)
+    attempt.start_from(tmp_path / "wrapped.pt", weights_only=True)
+    assert same(attempt.model, other.module.state_dict())
+
+
+def test_weights_in_a_format_of_the_future_are_refused(layout, tmp_path):
+    torch.save({"format_version": 99, "model_state_dict": weights()}, tmp_path / "future.pt")
+    with pytest.raises(CheckpointMismatchError, match="written in format 99, this version reads up to 1"):
+        Attempt(layout).start_from(tmp_path / "future.pt", weights_only=True)
 
 
 def test_one_models_weights_for_several_are_refused(layout, tmp_path):
