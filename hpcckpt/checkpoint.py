@@ -8,38 +8,28 @@ import copy
 import platform
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hpcckpt.distributed import Collectives, Ranks
-from hpcckpt.errors import CheckpointMismatchError, UsageError
+from hpcckpt.data import STATES, Loops
+from hpcckpt.distributed import Collectives, Ranks, has_varying_buckets
+from hpcckpt.errors import UsageError
+from hpcckpt.exactness import Exactness, per_rank
 from hpcckpt.layout import RunLayout
-from hpcckpt.reading import read_content
-from hpcckpt.state.foreign import fitted, model_state_in
+from hpcckpt.origin import Origin, Restored, SavedPlace, choose, place_in, read, weights_in
+from hpcckpt.policy import Position
+from hpcckpt.state.conditions import differences, doubts
+from hpcckpt.state.marks import Mark, changed_since, marked
+from hpcckpt.state.overridden import given, overridden
+from hpcckpt.state.portable import portable
 from hpcckpt.state.rng import derive_seed, rng_state, seed_all, set_rng_state
-from hpcckpt.state.tracked import FORMAT_VERSION, Tracked, check_version
-from hpcckpt.store import resume
+from hpcckpt.state.tracked import FORMAT_VERSION, Tracked
 from hpcckpt.store.checkpoints import CheckpointStore
-from hpcckpt.store.durable import reading
 from hpcckpt.store.ledger import Ledger
-
-
-@dataclass(frozen=True)
-class Position:
-    """A place in training: behind optimizer step `step`, within `epoch` or at its end."""
-
-    epoch: int
-    step: int
-    epoch_finished: bool
-
-    def __str__(self) -> str:
-        """Return it in words."""
-        return f"{'the end of epoch' if self.epoch_finished else 'epoch'} {self.epoch}, step {self.step}"
 
 
 def collected(ranks: Collectives, tracked: Tracked, boundary: Mapping[str, Any] | None = None) -> Callable[[], dict[str, Any]]:
@@ -59,6 +49,8 @@ def commit(
     wrapper: str,
     generators: list[dict[str, Any]],
     data_state: dict[str, Any],
+    conditions: list[dict[str, Any]],
+    hyperparameters: Mapping[str, Any] | None = None,
     name: str | None = None,
     is_best: bool = False,
 ) -> Path:
@@ -72,6 +64,8 @@ def commit(
         wrapper: `Tracked.wrapper`.
         generators: `rng_state` of each rank.
         data_state: the position in each loader.
+        conditions: `state.conditions` of each rank.
+        hyperparameters: `state.overridden.given` of the attempt that began the run.
         name: of the user's own, as `CheckpointStore.commit` takes it.
         is_best: recorded in the manifest.
 
@@ -89,6 +83,8 @@ def commit(
         "saved_with_wrapper": wrapper,
         "rng_state": generators,
         "data_state": {"epoch_finished": position.epoch_finished, **data_state},
+        "conditions": _in_kinds(conditions),
+        "hyperparameters": dict(hyperparameters or {}),
     }
     manifest: dict[str, Any] = {
         "metrics": numbers,
@@ -134,48 +130,44 @@ class Boundary:
 
     rng: dict[str, Any]
     tracked: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Restored:
-    """What a start goes on from; `position` is None where it begins anew."""
-
-    position: Position | None = None
-    path: Path | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    loaders: dict[str, dict[str, int]] = field(default_factory=dict)
-    # In whose loop the last step was made; generators go on there.
-    last_loader: str | None = None
-    # Puts back generators, schedulers and hyperparameters once more, where the last step was made: the script has run again what
-    # comes before, and had drawn and stepped there before the interruption, too.
-    put_back: Callable[[], None] = lambda: None
-    notes: tuple[str, ...] = ()
+    # What is too large to be copied, and must not change.
+    mark: Mark
 
 
 class Checkpointer:
     """Saves and restores tracked objects. Every rank must create one and call its methods together."""
 
-    def __init__(self, ranks: Ranks, layout: RunLayout, store: CheckpointStore, ledger: Ledger, tracked: Tracked, seed: int) -> None:
+    def __init__(
+        self,
+        ranks: Ranks,
+        layout: RunLayout,
+        store: CheckpointStore,
+        ledger: Ledger,
+        tracked: Tracked,
+        seed: int,
+        here: Callable[[], dict[str, Any]],
+    ) -> None:
         self._ranks = ranks
         self._layout = layout
         self._store = store
         self._ledger = ledger
         self._tracked = tracked
         self._seed = seed
+        # Gives `state.conditions` of this rank.
+        self._here = here
+        self._given: dict[str, Any] = {}
+        self._origin: Origin | None = None
         self._newest: Position | None = None
 
     def boundary(self) -> Boundary:
         """Return a copy of what may change between here and the next training step."""
-        return Boundary(rng_state(), self._tracked.small_state())
+        return Boundary(rng_state(), self._tracked.small_state(), marked(self._tracked.named_modules()))
 
-    def save(
-        self,
-        position: Position,
-        metrics: dict[str, float],
-        data_state: dict[str, Any],
-        reason: str,
-        boundary: Boundary | None = None,
-    ) -> None:
+    def changed_since(self, boundary: Boundary) -> tuple[str, ...]:
+        """Return what has changed since then that the boundary has no copy of, on any rank. Every rank must call it."""
+        return per_rank(self._ranks.collect(lambda: changed_since(boundary.mark, self._tracked.named_modules())))
+
+    def save(self, position: Position, metrics: dict[str, float], loops: Loops, reason: str, boundary: Boundary | None = None) -> None:
         """Commit a checkpoint of this position; nothing happens where the newest one is of this position already.
 
         Every rank must call it. `boundary` was taken at the position, if that is not now.
@@ -185,125 +177,146 @@ class Checkpointer:
         """
         if position == self._newest:
             return
-        generators = self._ranks.gather(rng_state() if boundary is None else boundary.rng)
-        earlier = None if boundary is None else boundary.tracked
-        state = collected(self._ranks, self._tracked, earlier)
-        self._ranks.from_main(lambda: self._commit(position, state(), metrics, data_state, reason, generators))
+        of_ranks = self._ranks.collect(
+            lambda: (
+                rng_state() if boundary is None else boundary.rng,
+                self._here(),
+                portable(loops.streams(position.epoch), "the loaders' iterable datasets"),
+            )
+        )
+        data_state = loops.data_state(position.epoch)
+        for number, loader in data_state["loaders"].items():
+            if number in of_ranks[0][2]:
+                loader[STATES] = [streams[number] for _, _, streams in of_ranks]
+        state = collected(self._ranks, self._tracked, None if boundary is None else boundary.tracked)
+        self._ranks.from_main(
+            lambda: self._commit(
+                position,
+                state(),
+                reason,
+                metrics=metrics,
+                data_state=data_state,
+                generators=[generators for generators, _, _ in of_ranks],
+                conditions=[here for _, here, _ in of_ranks],
+                hyperparameters=self._given,
+            )
+        )
         self._newest = position
 
-    def restore(self) -> Restored:
-        """Load what this start goes on from into the tracked objects of every rank.
+    def origin(self) -> Origin:
+        """Return what this attempt goes on from; decided at the first call, by rank 0, which verifies it.
 
-        Every rank must call it. Rank 0 decides which file, after verifying it; all load that one.
+        Every rank must call it.
 
         Raises:
             CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError: on every rank.
         """
-        chosen = self._ranks.from_main(self._choose)
-        if chosen is None:
-            seed = derive_seed(self._seed, "rank", self._ranks.rank)
-            return Restored(put_back=lambda: seed_all(seed))
-        path, weights_only, strict = Path(chosen[0]), chosen[1], chosen[2]
-        return self._ranks.together(lambda: self._load(path, weights_only=weights_only, strict=strict))
+        if self._origin is None:
+            self._origin = self._ranks.from_main(lambda: choose(self._layout, self._store, self._ledger))
+        return self._origin
 
-    def _commit(
-        self,
-        position: Position,
-        state: dict[str, Any],
-        metrics: dict[str, float],
-        data_state: dict[str, Any],
-        reason: str,
-        generators: list[dict[str, Any]],
-    ) -> None:
+    def restore(self) -> Restored:
+        """Load what this start goes on from into the tracked objects of every rank.
+
+        Every rank must call it; all load the same file.
+
+        Raises:
+            CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError: on every rank.
+        """
+        origin = self.origin()
+        path = origin.path
+        self._given = given(self._tracked.objects())
+        if path is None:
+            return Restored(origin, put_back=self._seeded())
+        restored: Restored = self._ranks.together(lambda: read(path, self._layout, lambda content: self._load(content, path, origin)))
+        if restored.exactness is None:
+            return restored
+        # What differs may do so on one rank only: another kind of GPU, say.
+        mine = restored.exactness
+        differs, doubts = zip(*self._ranks.gather((mine.differs, mine.doubts)), strict=True)
+        return replace(restored, exactness=replace(mine, differs=per_rank(differs), doubts=per_rank(doubts)))
+
+    def _commit(self, position: Position, state: dict[str, Any], reason: str, **content: Any) -> None:
         began = time.monotonic()
-        path = commit(
-            self._store, position, state, metrics=metrics, wrapper=self._tracked.wrapper(), generators=generators, data_state=data_state
-        )
+        path = commit(self._store, position, state, wrapper=self._tracked.wrapper(), **content)
         self._ledger.append(
             "saved", file=path.name, epoch=position.epoch, step=position.step, reason=reason, save_s=round(time.monotonic() - began, 4)
         )
 
-    def _choose(self) -> tuple[str, bool, bool] | None:
-        """Return (file, whether its weights only, whether all of them have to fit) to begin with. Rank 0."""
-        request = resume.apply(self._layout, self._store)
-        newest = self._store.recover(lambda problem: self._ledger.append("damaged", problem=problem))
-        if newest is not None:
-            return str(self._store.path(newest.name)), False, True
-        if request is not None and request["origin"] is not None:
-            return request["origin"], bool(request["weights_only"]), bool(request.get("strict", True))
-        return None
-
-    def _load(self, path: Path, *, weights_only: bool, strict: bool) -> Restored:
-        own = path.parent == self._layout.checkpoints
-        # Marked as being read: no process deletes it meanwhile.
-        with reading(path) if own else nullcontext():
-            return self._load_content(read_content(path, follow_symlinks=not own), path, weights_only=weights_only, strict=strict, own=own)
-
-    def _load_content(self, content: Any, path: Path, *, weights_only: bool, strict: bool, own: bool) -> Restored:
-        if weights_only:
-            notes = self._tracked.load_weights(self._weights(content, path), strict=strict)
-            seed = derive_seed(self._seed, "rank", self._ranks.rank)
-            return Restored(path=path, put_back=lambda: seed_all(seed), notes=("weights only: a new run begins from them", *notes))
-        place = _place_in(content, path)
+    def _load(self, content: Any, path: Path, origin: Origin) -> Restored:
+        if origin.weights_only:
+            weights = weights_in(content, path, self._tracked.module_names())
+            notes = self._tracked.load_weights(weights, strict=origin.strict)
+            differs = ("its weights alone were asked for: a new run begins from them",)
+            exactness = Exactness(restored=("weights",), differs=differs, notes=notes)
+            return Restored(origin, exactness=exactness, put_back=self._seeded())
+        place = place_in(content, path)
         self._tracked.load(content)
-        if own:
+        if path.parent == self._layout.checkpoints:
             self._newest = place.position
         small = self._tracked.small_state()
-        apply_rng, notes = self._generators(content)
+        put_generators_back = self._generators(content)
 
         def put_back() -> None:
             self._tracked.put_back(small)
-            apply_rng()
+            put_generators_back()
 
-        return replace(place, put_back=put_back, notes=notes)
+        saved = content.get("hyperparameters") or {}
+        exactness = self._exactness(content, place, overridden(self._given, self._tracked.objects(), saved))
+        # Those of the attempt that began the run: what it overrides is told on every restart.
+        self._given |= saved
+        return Restored(origin, place, exactness, put_back)
 
-    def _weights(self, content: Any, path: Path) -> dict[str, Mapping[str, Any]]:
-        """Return the state of each tracked module that a file has: one of a run, or of any other program."""
-        names = self._tracked.module_names()
-        if isinstance(content, dict) and "format_version" in content:
-            check_version(content, path)
-            saved = {name: content[f"{name}_state_dict"] for name in names if f"{name}_state_dict" in content}
-            # Matched as any other file's: save_dataparallel_checkpoint may have kept a wrapper's names.
-            return {name: fitted(state, set(names[name])) for name, state in saved.items()}
-        target = "model" if "model" in names else next(iter(names), None)
-        if target is None or ("model" not in names and len(names) > 1):
-            raise CheckpointMismatchError(
-                f"the file holds one model and the run tracks {', '.join(names) or 'none'}: track the one that it is for as `model`"
-            )
-        return {target: fitted(model_state_in(content), set(names[target]))}
+    def _exactness(self, content: dict[str, Any], place: SavedPlace, notes: list[str]) -> Exactness:
+        """Return what this rank finds; see `Exactness`."""
+        ranks, now = len(content["rng_state"]), self._here()
+        differs = differences(_of_rank(content.get("conditions"), self._ranks.rank if ranks == self._ranks.world_size else 0), now)
+        if ranks != self._ranks.world_size:
+            seen = "every sample is seen once all the same, but generators are seeded anew"
+            differs.insert(0, f"saved by {ranks} ranks, restored on {self._ranks.world_size}: {seen}")
+        differs += [f"{name}: its state_dict() is empty, so what it holds begins anew" for name in self._tracked.without_state()]
+        differs += [
+            f"{name}: with a static graph or sparse gradients DDP adds the ranks' gradients in another order after a restart"
+            for name, module in self._tracked.named_modules().items()
+            if has_varying_buckets(module)
+        ]
+        if place.unplaced_steps and not place.position.epoch_finished:
+            differs.append(f"{place.unplaced_steps} steps of this epoch were made outside of run.batches: the epoch begins again")
+        generators = "generators" if ranks == 1 else f"generators of {ranks} ranks"
+        loaders = [
+            f"loader {number} at {where['consumed']} of {where['num_samples']}" if "consumed" in where else f"loader {number}"
+            for number, where in place.loaders.items()
+        ]
+        restored = (*self._tracked.objects(), *([generators] if ranks == self._ranks.world_size else []), *loaders)
+        return Exactness(restored, tuple(differs), tuple(doubts(now)), tuple(notes))
 
-    def _generators(self, content: dict[str, Any]) -> tuple[Callable[[], None], tuple[str, ...]]:
+    def _seeded(self) -> Callable[[], None]:
+        seed = derive_seed(self._seed, "rank", self._ranks.rank)
+        return lambda: seed_all(seed)
+
+    def _generators(self, content: dict[str, Any]) -> Callable[[], None]:
         saved = content["rng_state"]
         if len(saved) == self._ranks.world_size:
             # A copy: the file may be mapped into memory, and this is needed later.
             mine = copy.deepcopy(saved[self._ranks.rank])
-            return lambda: set_rng_state(mine), ()
+            return lambda: set_rng_state(mine)
         seed = derive_seed(self._seed, "rank", self._ranks.rank, content["step"])
-        note = (
-            f"saved by {len(saved)} ranks and restored on {self._ranks.world_size}: every sample is still seen once, but random "
-            "generators are seeded anew and the result is no longer bit-exact"
-        )
-        return lambda: seed_all(seed), (note,)
+        return lambda: seed_all(seed)
 
 
-def _place_in(content: Any, path: Path) -> Restored:
-    """Return the place in training that a run's checkpoint holds.
+def _in_kinds(conditions: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the conditions of all ranks, each different kind of them once."""
+    kinds: list[dict[str, Any]] = []
+    for here in conditions:
+        if here not in kinds:
+            kinds.append(here)
+    return {"kinds": kinds, "of_rank": [kinds.index(here) for here in conditions]}
 
-    Raises:
-        CheckpointMismatchError: it is none of a run, or of a later format.
-    """
-    weights = "its weights can be had with resume.weights_only=true"
-    if not isinstance(content, dict) or not isinstance(content.get("format_version"), int):
-        raise CheckpointMismatchError(f"{path}: is no checkpoint of hpcckpt (it has no format_version); {weights}")
-    check_version(content, path)
-    missing = [key for key in ("epoch", "step", "metrics", "rng_state", "data_state") if key not in content]
-    if missing:
-        raise CheckpointMismatchError(f"{path}: is no place in training, it lacks {', '.join(missing)}; {weights}")
-    data_state = content["data_state"]
+
+def _of_rank(saved: Any, rank: int) -> Mapping[str, Any] | None:
+    """Return the conditions of one rank; None where a file has none, or nothing that can be read."""
     try:
-        position = Position(int(content["epoch"]), int(content["step"]), bool(data_state["epoch_finished"]))
-        return Restored(position, path, dict(content["metrics"]), dict(data_state["loaders"]), data_state["last_loader"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointMismatchError(
-            f"{path}: its place in training cannot be read ({type(error).__name__}: {error}); {weights}"
-        ) from None
+        here = saved["kinds"][saved["of_rank"][rank]]
+    except (TypeError, KeyError, IndexError):
+        return None
+    return here if isinstance(here, dict) else None

@@ -46,6 +46,16 @@ class RunLayout:
         return self.root / "metrics.jsonl"
 
     @property
+    def tensorboard(self) -> Path:
+        """Event files, of `run.tensorboard`."""
+        return self.root / "tensorboard"
+
+    @property
+    def wandb(self) -> Path:
+        """The id of this run at Weights & Biases, of `run.wandb`."""
+        return self.root / "wandb.json"
+
+    @property
     def checkpoints(self) -> Path:
         """Checkpoints, manifests and the pointer."""
         return self.root / self.folder

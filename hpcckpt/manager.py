@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from hpcckpt.checkpoint import Position, collected, commit, plain_metrics
+from hpcckpt.checkpoint import collected, commit, plain_metrics
 from hpcckpt.distributed import Collectives
 from hpcckpt.environment import TaskEnvironment
 from hpcckpt.errors import CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError, TaskEnvironmentError, UsageError
 from hpcckpt.layout import RunLayout, parse_checkpoint_name
-from hpcckpt.policy import Retention
+from hpcckpt.policy import Position, Retention
 from hpcckpt.reading import read_content
+from hpcckpt.state.conditions import conditions
 from hpcckpt.state.foreign import fitted, model_state_in
 from hpcckpt.state.model import portable_names
 from hpcckpt.state.rng import rng_state, set_rng_state
@@ -100,11 +101,12 @@ class DDPCheckpointManager:
             CheckpointSaveError, FencedError, RunDirectoryError, UsageError: on every rank; everything older is intact.
         """
         tracked, position = self._ranks.together(lambda: (self._tracked(model, optimizer, scheduler), _end_of(epoch)))
-        generators = self._ranks.gather(rng_state())
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        of_ranks = self._ranks.gather((rng_state(), conditions(device)))
         state = collected(self._ranks, tracked)
         name = None if filename is None else os.fspath(filename)
         path = self._ranks.from_main(
-            lambda: str(self._commit(position, state(), tracked.wrapper(), metrics or {}, generators, name, is_best=is_best))
+            lambda: str(self._commit(position, state(), tracked.wrapper(), metrics or {}, of_ranks, name, is_best=is_best))
         )
         return path if self._ranks.is_main else None
 
@@ -147,7 +149,7 @@ class DDPCheckpointManager:
         state: dict[str, Any],
         wrapper: str,
         metrics: Mapping[str, float],
-        generators: list[dict[str, Any]],
+        of_ranks: list[tuple[dict[str, Any], dict[str, Any]]],
         filename: str | None,
         *,
         is_best: bool,
@@ -169,7 +171,8 @@ class DDPCheckpointManager:
             state,
             metrics=numbers,
             wrapper=wrapper,
-            generators=generators,
+            generators=[generators for generators, _ in of_ranks],
+            conditions=[here for _, here in of_ranks],
             data_state={"loaders": {}, "last_loader": None},
             name=filename,
             is_best=is_best,

@@ -22,6 +22,19 @@ Cause = Literal["time_limit", "preemption", "cancelled", "by_hand", "terminated"
 
 
 @dataclass(frozen=True)
+class Position:
+    """A place in training: behind optimizer step `step`, within `epoch` or at its end."""
+
+    epoch: int
+    step: int
+    epoch_finished: bool
+
+    def __str__(self) -> str:
+        """Return it in words."""
+        return f"{'the end of epoch' if self.epoch_finished else 'epoch'} {self.epoch}, step {self.step}"
+
+
+@dataclass(frozen=True)
 class CheckpointInfo:
     """What retention and lookup need to know of one checkpoint."""
 

@@ -7,36 +7,35 @@ is where a save or a stop can happen.
 
 import math
 import os
-import socket
+import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, cast
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader, Dataset
 
 from hpcckpt import config as configuration
-from hpcckpt import policy, requeue
-from hpcckpt.checkpoint import Boundary, Checkpointer, Position, Restored, plain_metrics
+from hpcckpt import policy
+from hpcckpt.attempt import Attempt
+from hpcckpt.checkpoint import Boundary, Checkpointer, plain_metrics
 from hpcckpt.config import RunConfig
-from hpcckpt.data import Cursor, Loops, make_loader
-from hpcckpt.distributed import Agreement, Ranks, choose_device, fix_bucket_order
+from hpcckpt.data import Loops, Share, make_loader
+from hpcckpt.distributed import Ranks, choose_device, fix_bucket_order
 from hpcckpt.environment import TaskEnvironment
 from hpcckpt.errors import ConfigError, UsageError
 from hpcckpt.layout import RunLayout
-from hpcckpt.progress import INTERVAL_S, Progress
+from hpcckpt.origin import Restored
+from hpcckpt.policy import Position
 from hpcckpt.signals import SignalLatch, children_protected
+from hpcckpt.state.conditions import conditions
 from hpcckpt.state.rng import seed_all
 from hpcckpt.state.tracked import Tracked
 from hpcckpt.store import resume
-from hpcckpt.store.checkpoints import CheckpointStore
-from hpcckpt.store.durable import make_private_directory
-from hpcckpt.store.ledger import Ledger
-from hpcckpt.store.metrics import MetricsFile
 
 T = TypeVar("T")
 
@@ -51,6 +50,7 @@ class Run:
         run_dir: everything about the run is in it.
         restart_count: how often this job was started anew; 0 the first time.
         is_main: whether this is rank 0.
+        global_step: optimizer steps since the beginning of the run, over all attempts.
     """
 
     def __init__(self, layout: RunLayout, config: RunConfig, task: TaskEnvironment, latch: SignalLatch | None = None) -> None:
@@ -65,35 +65,32 @@ class Run:
         self.run_dir = layout.root
         self.args: DictConfig = OmegaConf.create(config.args)
         OmegaConf.set_struct(self.args, True)  # a misspelled name raises, instead of being None
-        self._layout, self._config, self._task = layout, config, task
+        self._config = config
         if "OMP_NUM_THREADS" not in os.environ:
             # The same number on every node and attempt: it decides the order of sums on the CPU.
             torch.set_num_threads(config.slurm.cpus_per_task)
         # Before the ranks meet, which takes time, and again behind it: NCCL has handlers of its own.
         self._latch = latch or SignalLatch((config.requeue.signal, "TERM"))
-        self._owns_latch = latch is None
         self._latch.install()
         self.device = choose_device(task)
         self._ranks = Ranks(task, self.device)
         self._latch.install()
         self.is_main = self._ranks.is_main
-        self._ledger = Ledger(layout.events)
-        self._metrics_file = MetricsFile(layout.metrics)
-        self._store = CheckpointStore.configured(layout, config.checkpoint)
-        self.restart_count = self._ranks.from_main(self._begin_attempt)
-        self._agreement = Agreement(self._ranks.store, task.rank, task.world_size)
+        self._attempt = Attempt(layout, config, task, self._ranks, self.device, self._latch, owns_latch=latch is None)
+        self._recorder = self._attempt.recorder
+        self.restart_count = self._attempt.restart_count
         self._tracked = Tracked()
-        self._checkpointer = Checkpointer(self._ranks, layout, self._store, self._ledger, self._tracked, config.seed)
+        store, ledger = self._attempt.store, self._attempt.ledger
+        here = partial(conditions, self.device, task.num_nodes)
+        self._checkpointer = Checkpointer(self._ranks, layout, store, ledger, self._tracked, config.seed, here)
         self._loops = Loops()
         self._restored: Restored | None = None
         self._epoch = 0
-        self._step = 0
+        self.global_step = 0
         self._metrics: dict[str, float] = {}
         # Taken where an epoch begins and where its batches end, for as long as no step follows.
         self._boundary: Boundary | None = None
         self._finished = False
-        self._progress = Progress(0)
-        self._next_report = 0.0
         self._next_save = self._save_deadline()
         # The same initial weights on every rank and attempt.
         seed_all(config.seed)
@@ -136,41 +133,73 @@ class Run:
                 fix_bucket_order(value)
 
     def loader(
-        self, dataset: Dataset[T], batch_size: int = 1, shuffle: bool = False, drop_last: bool = False, **arguments: Any
+        self,
+        dataset: Dataset[T],
+        batch_size: int | None = 1,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        *,
+        keep_global_batch: bool = True,
+        **arguments: Any,
     ) -> "DataLoader[T]":
         """Return a DataLoader over this rank's share; iterate over it with `batches`. Every rank must call it.
 
-        `batch_size` is per rank; further arguments are DataLoader's. Over all ranks each sample comes once an epoch.
+        Over all ranks each sample comes once an epoch, in an order that depends on seed and epoch only. `batch_size` is per rank; on
+        another number of ranks than before it is changed so that all together take as many samples a step as they did, unless
+        `keep_global_batch` is false. Further arguments are DataLoader's; a `sampler` or `batch_sampler` is that of all ranks. An
+        iterable dataset gives this rank's share, and needs `state_dict` and `load_state_dict` (docs/how-to/data.md).
 
         Raises:
-            UsageError: the dataset has no length, or an argument would replace the resumable order.
+            UsageError: it could not be gone on with exactly: no length and no state, or an argument that replaces the order.
+            CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError: what the run goes on from.
         """
-        number = len(self._loops)
-        loader = make_loader(
-            dataset,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            drop_last=drop_last,
-            rank=self.rank,
-            world_size=self.world_size,
-            seed=self._config.seed,
-            number=number,
-            **arguments,
+        share = Share(self.rank, self.world_size, self._config.seed, len(self._loops))
+        saved = self._checkpointer.origin().batch_sizes.get(str(share.number)) if keep_global_batch else None
+        loader, place, size = make_loader(
+            dataset, share, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, saved_size=saved, **arguments
         )
-        self._loops.add(cast(Cursor, loader.batch_sampler))
+        self._loops.add(loader, place, size)
+        note = size.note(share.number, self.world_size)
+        if note is not None:
+            self._attempt.note(note)
         return loader
+
+    def tensorboard(self, log_dir: str | Path | None = None, **arguments: Any) -> Any:
+        """Send what `log` and `report` get to TensorBoard, too, as one curve over all attempts; returns rank 0's SummaryWriter, else None.
+
+        Every rank must call it. `log_dir` is <run_dir>/tensorboard; further arguments are SummaryWriter's.
+
+        Raises:
+            UsageError: the tensorboard package is missing, or an argument would break the curve.
+        """
+        recorder = self._attempt.recording(self._checkpointer.origin())
+        return self._ranks.together(lambda: None if recorder is None else recorder.tensorboard(log_dir, **arguments))
+
+    def wandb(self, **arguments: Any) -> Any:
+        """Send what `log` and `report` get to Weights & Biases, too, as one run over all attempts; returns rank 0's, else None.
+
+        Every rank must call it. Arguments are those of wandb.init.
+
+        Raises:
+            UsageError: the wandb package is missing, or an argument would break the curve.
+        """
+        recorder = self._attempt.recording(self._checkpointer.origin())
+        return self._ranks.together(lambda: None if recorder is None else recorder.wandb(**arguments))
 
     def epochs(self, total: int) -> Iterator[int]:
         """Yield the epochs that are left of 0 … total-1; restore before the first, save at the end of each.
 
-        Every rank must iterate over it, once.
+        Every rank must iterate over it, once. A run that is over goes on where `total` has grown, and ends at once where it has
+        not. Leaving the loop by `break` or `return` ends the run there: the last step is saved, and another submission goes on
+        behind it.
 
         Raises:
             UsageError: nothing is tracked, or called twice.
             CheckpointCorruptError, CheckpointMismatchError, CheckpointSaveError: on every rank.
         """
         self._restore()
-        self._progress = Progress(total)
+        if self._recorder is not None:
+            self._recorder.start(total)
         while self._epoch < total:
             self._boundary = self._checkpointer.boundary()
             yield self._epoch
@@ -182,27 +211,31 @@ class Run:
         """Yield the batches of this epoch that were not trained on yet. Every rank must iterate over it.
 
         Behind a stop at the last step of an epoch, or in its evaluation, none are left: what follows the loop must not need
-        a variable that only the loop sets.
+        a variable that only the loop sets. Several loaders, several loops over one, and loops within loops are all gone on with.
 
         Raises:
             UsageError: the loader was not made by `run.loader`, or there is no epoch yet.
+            CheckpointMismatchError: the data is not what it was when the epoch was interrupted.
         """
-        cursor = loader.batch_sampler
-        if not isinstance(cursor, Cursor):
+        place = self._loops.place_of(loader)
+        if place is None:
             raise UsageError("run.batches: this DataLoader was not made by run.loader, so its position is unknown; make it with run.loader")
         if self._restored is None:
             raise UsageError("run.batches: call it inside of `for epoch in run.epochs(…)`")
-        if self._loops.begin(cursor, self._epoch):
+        if self._loops.begin(place, self._epoch):
             self._restored.put_back()
+        is_exhausted = False
         try:
-            # Slurm signals every process of the job; workers would die of it.
-            with children_protected((self._config.requeue.signal, "TERM")):
-                iterator = iter(loader)
-            for batch in iterator:
-                cursor.advance()
-                yield batch
+            if not place.is_skipped:
+                # Slurm signals every process of the job; workers would die of it.
+                with children_protected((self._config.requeue.signal, "TERM")):
+                    iterator = iter(loader)
+                for batch in iterator:
+                    place.advance()
+                    yield batch
+            is_exhausted = True
         finally:  # a break ends it too
-            self._loops.end(cursor)
+            self._loops.end(place, is_exhausted=is_exhausted)
             if self._boundary is None:
                 self._boundary = self._checkpointer.boundary()
 
@@ -217,11 +250,11 @@ class Run:
         """
         if self._restored is None or self._finished:
             raise UsageError("run.step: call it inside of `for epoch in run.epochs(…)`")
-        self._step += 1
+        self.global_step += 1
         self._boundary = None
         self._loops.step()
-        due = policy.is_step_due(self._step, self._config.checkpoint.every_steps)
-        self._act(Position(self._epoch, self._step, epoch_finished=False), due="every_steps" if due else None)
+        due = policy.is_step_due(self.global_step, self._config.checkpoint.every_steps)
+        self._act(Position(self._epoch, self.global_step, epoch_finished=False), due="every_steps" if due else None)
 
     def poll(self) -> None:
         """Give a stop the chance to happen in a long loop without training steps. Every rank must call it equally often.
@@ -229,13 +262,15 @@ class Run:
         A stop here saves the state behind the last training step; an evaluation begins again after the restart. Between a
         batch and its `step` nothing happens: what was done with that batch is not counted yet.
         """
+        self._loops.stay()
         if not self._finished and self._loops.is_between_batches:
-            self._act(Position(self._epoch, self._step, epoch_finished=False))
+            self._act(Position(self._epoch, self.global_step, epoch_finished=False))
 
     def log(self, **values: Any) -> None:
         """Record values of the step in progress (numbers or one-element tensors) in metrics.jsonl; rank 0's count.
 
-        Call it before `step`. Nothing is written or waited for here.
+        Call it before `step`. Nothing is written or waited for here, and nothing is recorded twice: after a restart, what the
+        script runs again before the loop that is gone on with.
 
         Raises:
             UsageError: a value is no number, or more than one.
@@ -243,8 +278,8 @@ class Run:
         for name, value in values.items():
             if not isinstance(value, int | float | str) and math.prod(getattr(value, "shape", (0,))) != 1:
                 raise UsageError(f"run.log({name}=…): a {type(value).__name__} is no number, or more than one; log its mean, say")
-        if self.is_main:
-            self._metrics_file.add("log", self._epoch, self._step + 1, values)
+        if self._recorder is not None and not self._loops.is_repeating:
+            self._recorder.log(self._epoch, self.global_step, values)
 
     def report(self, **metrics: Any) -> None:
         """Record metrics of this epoch: in metrics.jsonl and in its checkpoint, where `checkpoint.monitor` looks; rank 0's count.
@@ -253,19 +288,31 @@ class Run:
             UsageError: one is no number, or more than one.
         """
         plain = plain_metrics(metrics)
+        if self._loops.is_repeating:  # it was given before the interruption, and is in the checkpoint
+            return
+        self._loops.stay()
         self._metrics.update(plain)
-        if self.is_main:
-            self._metrics_file.add("report", self._epoch, self._step, plain)
-            self._report_progress()
+        if self._recorder is not None:
+            self._recorder.report(self._epoch, self.global_step, plain)
+            self._recorder.flush(self._epoch, self.global_step)
 
     def close(self) -> None:
-        """Leave the other ranks in order; harmless when called twice. Every rank must call it."""
-        self._disconnect()
-        if self.is_main:  # behind the barrier: now all ranks are through
-            self._metrics_file.flush()
-            self._ledger.append("finished" if self._finished else "left", epoch=self._epoch, step=self._step)
-            self._store.release()
-        self._restore_signals()
+        """Leave the other ranks in order; harmless when called twice. Every rank must call it.
+
+        Within the loop over epochs it is the end of the run, as `break` is; while an exception is on its way, it is no more than that
+        exception's end.
+        """
+        if self._attempt.is_over:
+            return
+        error = sys.exception()
+        if error is not None and not self._finished:
+            self._attempt.fail(error, self._epoch, self.global_step)
+            return
+        is_early = self._restored is not None and not self._finished
+        if is_early:
+            self._leave_early()
+        kind = "left" if self._restored is None else "finished"
+        self._attempt.finish(kind, self._epoch, self.global_step, **({"early": True} if is_early else {}))
 
     def __enter__(self) -> Self:
         return self
@@ -273,69 +320,29 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None:
             self.close()
-        elif isinstance(error, Exception):
-            # The other ranks learn of it from their next collective: this process ends, and with it its connections.
-            self._ledger.append("failed", rank=self.rank, step=self._step, error=f"{type(error).__name__}: {error}")
-            if self.is_main:
-                with suppress(OSError):
-                    self._metrics_file.flush()
-            self._agreement.close(timeout_s=1)
-            self._store.release()
-            if self.world_size == 1:  # nobody to wait for, and a notebook may go on in this process
-                self._ranks.close()
-            self._restore_signals()
-
-    def _begin_attempt(self) -> int:
-        """Claim the run directory and write the ledger's first line of this attempt; returns restart_count. Rank 0."""
-        make_private_directory(self.run_dir)
-        generation = self._store.claim(self._task.job_id, self._task.incarnation)
-        restart_count = self._task.restart_count
-        if restart_count is None:
-            attempts = [event for event in self._ledger.events() if event["event"] == "attempt"]
-            restart_count = sum(event.get("job_id") == self._task.job_id for event in attempts)
-        self._ledger.append(
-            "attempt",
-            generation=generation,
-            job_id=self._task.job_id,
-            restart_count=restart_count,
-            world_size=self.world_size,
-            num_nodes=self._task.num_nodes,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            device=str(self.device),
-        )
-        return restart_count
+        elif not self._attempt.is_over:
+            self._attempt.fail(error, self._epoch, self.global_step)
 
     def _restore(self) -> None:
         if self._restored is not None:
             raise UsageError("run.epochs: it was called before; a run has one loop over epochs")
         if not self._tracked:
             raise UsageError("run.epochs: nothing is tracked, so nothing would be saved; call run.track(model=…, optimizer=…) before")
+        self._attempt.recording(self._checkpointer.origin())
         self._restored = restored = self._checkpointer.restore()
-        if restored.position is not None:
-            self._step = restored.position.step
-            self._epoch = restored.position.epoch + restored.position.epoch_finished
-            if not restored.position.epoch_finished:
-                self._metrics = dict(restored.metrics)
-                self._loops.restore(self._epoch, restored.loaders, restored.last_loader)
-        if self.is_main:
-            self._metrics_file.cut_back(self._step, self._epoch)
-            file = None if restored.path is None else restored.path.name
-            self._ledger.append("restored", file=file, epoch=self._epoch, step=self._step, notes=restored.notes)
-            whence = "from the beginning" if restored.path is None else f"behind {restored.position or 'the weights'} of {restored.path}"
-            print(
-                f"hpcckpt: attempt {self.restart_count + 1} of job {self._task.job_id}, {self.world_size} ranks: goes on {whence}",
-                flush=True,
-            )
-            for note in restored.notes:
-                print(f"hpcckpt: note: {note}", flush=True)
+        origin, place = restored.origin, restored.place
+        self._epoch, self.global_step = origin.epoch, origin.step
+        if place is not None and not place.position.epoch_finished:
+            self._metrics = dict(place.metrics)
+            self._loops.restore(self._epoch, place.loaders, place.last_loader, place.unplaced_steps)
+        self._attempt.announce(restored)
         self._next_save = self._save_deadline()
         restored.put_back()
 
     def _end_epoch(self, *, is_last: bool) -> None:
         self._boundary = None
         self._loops.end_epoch()
-        position = Position(self._epoch, self._step, epoch_finished=True)
+        position = Position(self._epoch, self.global_step, epoch_finished=True)
         if policy.is_epoch_due(self._epoch, self._config.checkpoint.every_epochs, is_last=is_last):
             self._save(position, "every_epochs")
         if not is_last:
@@ -345,47 +352,46 @@ class Run:
     def _act(self, position: Position, due: Literal["every_steps"] | None = None) -> None:
         """Count a tick of the agreement and do what all ranks have to do now, if anything."""
         if self._latch.fired:
-            self._agreement.wish("stop")
+            self._attempt.agreement.wish("stop")
         elif self._next_save is not None and time.monotonic() >= self._next_save:
-            self._agreement.wish("save")
-        wish = self._agreement.tick()
+            self._attempt.agreement.wish("save")
+        wish = self._attempt.agreement.tick()
+        if wish is not None and self._is_disturbed():
+            return  # the wish comes back at the next tick
         if wish == "stop":
-            self._stop(position)
+            if self._restored is not None:  # else there is nothing yet that the newest checkpoint does not hold
+                self._save(position, "stop")
+            self._attempt.stop(self.global_step)
         elif self._restored is not None and (wish == "save" or due is not None):
             self._save(position, due or "every_minutes")
-        elif self.is_main and time.monotonic() >= self._next_report:
-            self._report_progress()
+        elif self._recorder is not None and self._recorder.is_due:
+            self._recorder.flush(self._epoch, self.global_step)
+
+    def _is_disturbed(self) -> bool:
+        """Whether the state behind the last step cannot be saved any more. Every rank must call it."""
+        changed = () if self._boundary is None or self._restored is None else self._checkpointer.changed_since(self._boundary)
+        if changed:
+            self._attempt.note(
+                f"{', '.join(changed)}: changed behind the last training step, so a stop waits for the next one or the end of the epoch"
+            )
+        return bool(changed)
+
+    def _leave_early(self) -> None:
+        """Save where the script has left the loop over epochs, if nothing has changed since the last step. Every rank must call it."""
+        self._loops.go_back()
+        disturbed = ("the state",) if self._boundary is None else self._checkpointer.changed_since(self._boundary)
+        if disturbed:
+            how = f"not saved, because of {', '.join(disturbed)}, which changed behind the last step in a loop over run.batches"
+        else:
+            self._save(Position(self._epoch, self.global_step, epoch_finished=False), "left")
+            how = "saved there; to go on, submit again"
+        self._attempt.note(f"the training function has left its loop in epoch {self._epoch}, behind step {self.global_step}: {how}")
 
     def _save(self, position: Position, reason: str) -> None:
-        if self.is_main:
-            self._report_progress()
-        self._checkpointer.save(position, self._metrics, self._loops.data_state(position.epoch), reason, self._boundary)
+        if self._recorder is not None:
+            self._recorder.flush(self._epoch, self.global_step, durable=True)
+        self._checkpointer.save(position, self._metrics, self._loops, reason, self._boundary)
         self._next_save = self._save_deadline()
-
-    def _stop(self, position: Position) -> None:
-        if self._restored is not None:  # else there is nothing yet that the newest checkpoint does not hold
-            self._save(position, "stop")
-        stop = requeue.decide(self._ranks, self._task, self._config.requeue, self._ledger, self._store, self._latch.received(), self._step)
-        self._disconnect()
-        how_to_go_on = f"To go on: python -m hpcckpt.submit conf={self._layout.config}"
-        requeue.leave(stop, self._task, self._config.requeue, self._ledger, self._store, self._step, how_to_go_on)
-
-    def _disconnect(self) -> None:
-        self._ranks.barrier()
-        self._agreement.close()
-        self._ranks.close()
-
-    def _restore_signals(self) -> None:
-        # Not on the way out of a stop, where a second signal must stay harmless; and not a latch that was handed in, since
-        # behind it are submitit's handlers, which requeue.
-        if self._owns_latch:
-            self._latch.restore()
-
-    def _report_progress(self) -> None:
-        self._next_report = time.monotonic() + INTERVAL_S
-        values = self._metrics_file.flush()
-        if values:
-            print(self._progress.line(self._epoch, self._step, values), flush=True)
 
     def _save_deadline(self) -> float | None:
         minutes = self._config.checkpoint.every_minutes

@@ -1,172 +1,166 @@
-"""A DataLoader whose place in the epoch is counted in samples that were trained on."""
+"""`run.loader`: a DataLoader whose place in the epoch is known, of this rank's share, with draws that do not depend on workers."""
 
 import functools
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from hpcckpt.data.plan import EpochPlan
-from hpcckpt.errors import CheckpointMismatchError, UsageError
+from hpcckpt.data.cursor import Cursor
+from hpcckpt.data.order import Orders, of_batch_sampler, of_dataset, of_sampler
+from hpcckpt.data.place import Place
+from hpcckpt.data.samples import SeededStream, seeded
+from hpcckpt.data.stream import StreamPlace
+from hpcckpt.errors import UsageError
 from hpcckpt.signals import obey_parent_only
-from hpcckpt.state.rng import derive_seed
 
 T = TypeVar("T")
 
-_OWNED = ("sampler", "batch_sampler", "generator")
+_NO_LENGTH = "give one with __len__ and __getitem__, or an IterableDataset with state_dict and load_state_dict"
 
 
-class Cursor(Sampler[list[int]]):
-    """The batch sampler of a resumable loader, and its position.
+@dataclass(frozen=True)
+class Share:
+    """This rank's part in a run, as a loader needs it."""
 
-    The order depends on seed, epoch and loader number only. It yields batches ahead of the training (workers prefetch);
-    what counts is what was handed to the training when it last said `run.step()`. A loader in whose loop no step is made (an
-    evaluation's) has no position, and always begins anew.
-    """
+    rank: int
+    world_size: int
+    seed: int
+    # Which of the run's loaders it is, in order of creation.
+    number: int
 
-    def __init__(
-        self, num_samples: int, *, batch_size: int, shuffle: bool, drop_last: bool, rank: int, world_size: int, seed: int, number: int
-    ) -> None:
-        self._shuffle = shuffle
-        self._rank = rank
-        self._seed = seed
-        self._number = number
-        self._epoch = 0
-        self._plan = EpochPlan(num_samples, world_size, batch_size, 0, drop_last)
-        self._handed_out = 0
-        # Batches of this loop that were handed out when the last step was made.
-        self._stepped = 0
-        # Epoch, and samples of it behind the last step.
-        self._position: tuple[int, int] | None = None
-        self._resume_at: int | None = None
-        # Whether steps are made in loops over this loader.
-        self.trains = False
-        self.generator = torch.Generator()
 
-    @property
-    def number(self) -> str:
-        """Which of the run's loaders this is, in order of creation."""
-        return str(self._number)
+@dataclass(frozen=True)
+class BatchSize:
+    """How many samples (or batches of a batch sampler) a rank takes at a time, and all ranks together."""
 
-    @property
-    def in_progress(self) -> bool:
-        """Whether a batch was handed out behind the last step."""
-        return self._handed_out > self._stepped
+    # What the script asks for, for each rank.
+    asked: int
+    # What all ranks take together, as long as the script asks for the same: it decides how many steps an epoch has.
+    together: int
+    # What each rank takes, so that `together` is kept where it divides.
+    per_rank: int
 
-    def __len__(self) -> int:
-        """Return the batches of a whole epoch, for schedulers and progress bars, wherever this one goes on."""
-        return self._behind(0).num_batches
+    @classmethod
+    def kept(cls, asked: int, world_size: int, saved: Mapping[str, int] | None) -> "BatchSize":
+        """Return what keeps the global batch of a checkpoint on any number of ranks."""
+        if saved is None or saved.get("asked") != asked:
+            return cls(asked, asked * world_size, asked)
+        together = int(saved["together"])
+        # What does not divide is rounded, not split unevenly: DDP weighs every rank the same.
+        return cls(asked, together, max(1, (together + world_size // 2) // world_size))
 
-    def __iter__(self) -> Iterator[list[int]]:
-        """Yield this rank's batches of indices, from the position on."""
-        plan, order = self._plan, self._order()
-        for batch in range(plan.num_batches):
-            share = plan.share(batch, self._rank)
-            yield order[share.start : share.stop].tolist() if order is not None else list(share)
+    def state(self) -> dict[str, int]:
+        """Return it for a checkpoint."""
+        return {"asked": self.asked, "together": self.together}
 
-    def begin(self, epoch: int) -> None:
-        """Go to the beginning of an epoch, or to the restored position if this is the first time since."""
-        start, self._resume_at = (self._resume_at or 0 if self.position(epoch) else 0), None
-        self._epoch = epoch
-        self._handed_out = self._stepped = 0
-        self._plan = self._behind(start)
-        # Worker seeds come from here: the global generator must not depend on how often an epoch was begun.
-        self.generator.manual_seed(derive_seed(self._seed, "workers", self._number, epoch))
-
-    def advance(self) -> None:
-        """Count one batch as handed to the training."""
-        self._handed_out += 1
-
-    def step(self) -> None:
-        """Note that everything that was handed out is trained on."""
-        self.trains = True
-        self._stepped = self._handed_out
-        if self._handed_out:
-            self._position = self._epoch, self._plan.bounds(self._handed_out - 1)[1]
-
-    def end(self) -> None:
-        """Note that the loop is over, by its end or by a break: a loop in which steps were made is not entered again."""
-        if self._stepped:
-            self._position = self._epoch, self._plan.num_samples
-        self._handed_out = self._stepped = 0
-
-    def position(self, epoch: int) -> dict[str, int] | None:
-        """Return the position in `epoch` for a checkpoint: samples that were trained on, over all ranks; None without any."""
-        if self._position is None or self._position[0] != epoch:
-            return None
-        return {"consumed": self._position[1], "num_samples": self._plan.num_samples}
-
-    def forget(self) -> None:
-        """Note that the epoch is over."""
-        self._position = self._resume_at = None
-
-    def restore(self, epoch: int, position: dict[str, int]) -> None:
-        """Go on behind a saved position when the epoch is begun next.
-
-        Raises:
-            CheckpointMismatchError: the dataset has another size now.
-        """
-        if position["num_samples"] != self._plan.num_samples:
-            raise CheckpointMismatchError(
-                f"the dataset of loader {self._number} has {self._plan.num_samples} samples, but had {position['num_samples']} when "
-                "the epoch was interrupted: bring back the former data, or go on from the end of an epoch (resume.epoch=…)"
+    def note(self, number: int, world_size: int) -> str | None:
+        """Return what a user has to know, if anything is not as the script says."""
+        now = self.per_rank * world_size
+        if now != self.together:
+            return (
+                f"loader {number}: the global batch is {now} now ({world_size} ranks x {self.per_rank}), not {self.together} as before, "
+                f"which {world_size} ranks cannot share evenly"
             )
-        self.trains = True
-        self._resume_at = position["consumed"]
-        self._position = epoch, position["consumed"]
-
-    def _behind(self, start: int) -> EpochPlan:
-        plan = self._plan
-        return EpochPlan(plan.num_samples, plan.world_size, plan.batch_size, start, plan.drop_last)
-
-    def _order(self) -> torch.Tensor | None:
-        """Return the epoch's order, None where it is the dataset's own; 8 bytes a sample."""
-        if not self._shuffle:
-            return None
-        generator = torch.Generator().manual_seed(derive_seed(self._seed, "order", self._number, self._epoch))
-        return torch.randperm(self._plan.num_samples, generator=generator)
+        if self.per_rank != self.asked:
+            return f"loader {number}: the global batch of {now} is kept: each rank takes {self.per_rank} at a time, not {self.asked}"
+        return None
 
 
 def make_loader(
     dataset: Dataset[T],
+    share: Share,
     *,
-    batch_size: int,
-    shuffle: bool,
-    drop_last: bool,
-    rank: int,
-    world_size: int,
-    seed: int,
-    number: int,
+    batch_size: int | None = 1,
+    shuffle: bool = False,
+    drop_last: bool = False,
+    sampler: Iterable[int] | None = None,
+    batch_sampler: Iterable[list[int]] | None = None,
+    saved_size: Mapping[str, int] | None = None,
     **arguments: Any,
-) -> "DataLoader[T]":
-    """Return a DataLoader over this rank's share of `dataset`, with a Cursor for its batch sampler.
+) -> tuple["DataLoader[T]", Place, BatchSize]:
+    """Return a DataLoader over this rank's share of `dataset`, its place, and the size of its batches.
 
     Raises:
-        UsageError: the dataset has no length, is smaller than the world, or an argument would replace the cursor.
+        UsageError: what could not be gone on with exactly: no length and no state, or an argument that replaces the order.
     """
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        raise UsageError("run.loader: the dataset has no length, so its order cannot be resumed; give one with __len__ and __getitem__")
-    for name in _OWNED:
-        if name in arguments:
-            raise UsageError(f"run.loader: {name}=… would replace the resumable order; leave it out, and use shuffle and batch_size")
-    if batch_size < 1:
-        raise UsageError(f"run.loader: batch_size={batch_size} must be at least 1")
-    num_samples = len(cast(Sized, dataset))
-    if num_samples < world_size:
-        raise UsageError(f"run.loader: {num_samples} samples are too few for {world_size} ranks; ask for fewer tasks")
-    cursor = Cursor(
-        num_samples,
-        batch_size=batch_size,
-        shuffle=shuffle,
-        drop_last=drop_last,
-        rank=rank,
-        world_size=world_size,
-        seed=seed,
-        number=number,
-    )
+    _refuse(arguments)
     init = functools.partial(_start_worker, arguments.pop("worker_init_fn", None))
-    return DataLoader(dataset, batch_sampler=cursor, generator=cursor.generator, worker_init_fn=init, **arguments)
+    if isinstance(dataset, IterableDataset):
+        if shuffle or sampler is not None or batch_sampler is not None:
+            raise UsageError("run.loader: an iterable dataset gives its own order: leave shuffle, sampler and batch_sampler out")
+        return _stream_loader(dataset, share, batch_size, saved_size, {"drop_last": drop_last, "worker_init_fn": init, **arguments})
+    if not hasattr(dataset, "__len__") and sampler is None and batch_sampler is None:
+        raise UsageError(f"run.loader: the dataset has no length, so its order cannot be resumed; {_NO_LENGTH}")
+    if batch_sampler is not None and (batch_size != 1 or shuffle or drop_last or sampler is not None):
+        raise UsageError("run.loader: batch_sampler makes the batches: leave batch_size, shuffle, sampler and drop_last out")
+    if sampler is not None and shuffle:
+        raise UsageError("run.loader: sampler gives the order: leave shuffle out")
+    size = _checked(batch_size, share, saved_size)
+    orders = _orders(dataset, sampler, batch_sampler, shuffle=shuffle)
+    cursor = Cursor(
+        orders,
+        batch_size=size.per_rank,
+        drop_last=drop_last,
+        rank=share.rank,
+        world_size=share.world_size,
+        seed=share.seed,
+        number=share.number,
+    )
+    source, collate = seeded(dataset, arguments.pop("collate_fn", None))
+    loader: DataLoader[Any] = DataLoader(
+        source, batch_sampler=cast(Any, cursor), generator=cursor.generator, worker_init_fn=init, collate_fn=collate, **arguments
+    )
+    return loader, cursor, size
+
+
+def _stream_loader(
+    dataset: IterableDataset[Any], share: Share, batch_size: int | None, saved_size: Mapping[str, int] | None, arguments: dict[str, Any]
+) -> tuple["DataLoader[Any]", Place, BatchSize]:
+    if not (hasattr(dataset, "state_dict") and hasattr(dataset, "load_state_dict")):
+        raise UsageError(f"run.loader: a {type(dataset).__name__} has no length and no state, so its order cannot be resumed; {_NO_LENGTH}")
+    if arguments.get("persistent_workers"):
+        raise UsageError("run.loader: persistent_workers would keep the first epoch's state of an iterable dataset; leave it out")
+    num_workers = int(arguments.get("num_workers", 0))
+    # Without a batch_size the dataset gives batches of its own.
+    size = _checked(1 if batch_size is None else batch_size, share, saved_size if batch_size is not None else None)
+    stream = SeededStream(dataset)
+    place = StreamPlace(stream, rank=share.rank, world_size=share.world_size, num_workers=num_workers, seed=share.seed, number=share.number)
+    kind: type[DataLoader[Any]] = DataLoader
+    if num_workers:
+        try:
+            from torchdata.stateful_dataloader import StatefulDataLoader
+        except ImportError:
+            raise UsageError(
+                "run.loader: workers of an iterable dataset need torchdata's StatefulDataLoader, which knows where each of them is: "
+                "pip install torchdata, or num_workers=0"
+            ) from None
+        kind = StatefulDataLoader
+    loader = kind(stream, batch_size=None if batch_size is None else size.per_rank, generator=place.generator, **arguments)
+    place.loader = loader if num_workers else None
+    return loader, place, size
+
+
+def _orders(dataset: Dataset[Any], sampler: Iterable[int] | None, batch_sampler: Iterable[list[int]] | None, *, shuffle: bool) -> Orders:
+    if batch_sampler is not None:
+        return of_batch_sampler(batch_sampler)
+    if sampler is not None:
+        return of_sampler(sampler)
+    return of_dataset(len(cast(Sized, dataset)), shuffle=shuffle)
+
+
+def _checked(batch_size: int | None, share: Share, saved: Mapping[str, int] | None) -> BatchSize:
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise UsageError(f"run.loader: batch_size={batch_size} must be a number, at least 1")
+    return BatchSize.kept(batch_size, share.world_size, saved)
+
+
+def _refuse(arguments: Mapping[str, Any]) -> None:
+    if arguments.get("generator") is not None:
+        raise UsageError("run.loader: generator=… would replace the resumable order; leave it out, the configuration's seed decides")
+    if arguments.get("in_order") is False:
+        raise UsageError("run.loader: in_order=False would hand batches over in an order that cannot be repeated; leave it out")
 
 
 def _start_worker(users: Callable[[int], None] | None, worker_id: int) -> None:

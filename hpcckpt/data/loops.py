@@ -3,64 +3,101 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hpcckpt.data.loader import Cursor
+from torch.utils.data import DataLoader
+
+from hpcckpt.data.loader import BatchSize
+from hpcckpt.data.place import Place
+from hpcckpt.data.stream import StreamPlace
 
 
 class Loops:
     """The loaders of a run, in order of creation. A checkpoint's position is that of the last step, wherever it is saved."""
 
     def __init__(self) -> None:
-        self._cursors: list[Cursor] = []
+        self._loaders: list[tuple[DataLoader[Any], Place]] = []
+        self._sizes: list[BatchSize] = []
+        # Steps of this epoch that were made in no loop.
+        self._unplaced_steps = 0
         # Those whose loops are being run, the outermost first.
-        self._running: list[Cursor] = []
+        self._running: list[Place] = []
         # The loader in whose loop the last step of this epoch was made.
         self._last: str | None = None
         # The same of the restored checkpoint, until that loop is entered.
         self._resuming: str | None = None
-        self._restored: tuple[int, Mapping[str, dict[str, int]]] = (0, {})
+        self._restored: tuple[int, Mapping[str, dict[str, Any]]] = (0, {})
 
     def __len__(self) -> int:
         """Return how many loaders there are."""
-        return len(self._cursors)
+        return len(self._loaders)
 
-    def add(self, cursor: Cursor) -> None:
+    @property
+    def places(self) -> list[Place]:
+        """The places of all loaders."""
+        return [place for _, place in self._loaders]
+
+    @property
+    def is_repeating(self) -> bool:
+        """Whether the script runs again, after a restart, what it ran in this epoch before the loop that is gone on with."""
+        return self._resuming is not None
+
+    def add(self, loader: "DataLoader[Any]", place: Place, size: BatchSize) -> None:
         """Take a loader in, and put it where the restored checkpoint has it."""
-        self._cursors.append(cursor)
-        self._place(cursor)
+        self._loaders.append((loader, place))
+        self._sizes.append(size)
+        self._put(place)
 
-    def restore(self, epoch: int, loaders: Mapping[str, dict[str, int]], last: str | None) -> None:
+    def place_of(self, loader: object) -> Place | None:
+        """Return the place of a loader; None if it is none of these."""
+        return next((place for known, place in self._loaders if known is loader), None)
+
+    def restore(self, epoch: int, loaders: Mapping[str, dict[str, Any]], last: str | None, unplaced_steps: int) -> None:
         """Put all loaders, also those that are yet to come, where a checkpoint within `epoch` has them."""
         self._restored = epoch, loaders
         self._last = self._resuming = last
-        for cursor in self._cursors:
-            self._place(cursor)
+        self._unplaced_steps = unplaced_steps
+        for place in self.places:
+            self._put(place)
 
-    def begin(self, cursor: Cursor, epoch: int) -> bool:
+    def begin(self, place: Place, epoch: int) -> bool:
         """Note that a loop begins; returns whether it is the one in which the restored checkpoint's last step was made."""
-        cursor.begin(epoch)
-        self._running.append(cursor)
-        resumes = self._resuming == cursor.number
+        is_goal = place.begin(epoch)
+        self.stay()
+        self._running.append(place)
+        resumes = is_goal and self._resuming == place.number
         if resumes:
             self._resuming = None
         return resumes
 
-    def end(self, cursor: Cursor) -> None:
+    def end(self, place: Place, *, is_exhausted: bool) -> None:
         """Note that a loop is over."""
-        self._running.remove(cursor)
-        cursor.end()
+        self._running.remove(place)
+        place.end(is_exhausted=is_exhausted)
 
     def step(self) -> None:
         """Note an optimizer step in all loops that are being run."""
-        for cursor in self._running:
-            cursor.step()
+        self.stay()
+        for place in self._running:
+            place.step()
         self._last = self._running[0].number if self._running else None
+        self._unplaced_steps += not self._running
+
+    def stay(self) -> None:
+        """Note that something followed the loops that were left: see `Place.stay`."""
+        for place in self.places:
+            place.stay()
+
+    def go_back(self) -> None:
+        """Note that the run is left: see `Place.go_back`."""
+        for place in self.places:
+            place.go_back()
 
     def end_epoch(self) -> None:
         """Forget the epoch's positions."""
         self._last = self._resuming = None
+        self._unplaced_steps = 0
         self._restored = (0, {})
-        for cursor in self._cursors:
-            cursor.forget()
+        for place in self.places:
+            place.forget()
 
     @property
     def is_between_batches(self) -> bool:
@@ -68,15 +105,25 @@ class Loops:
 
         Loops without steps (an evaluation's) do not matter, but which those are is known only when one has had a step.
         """
-        known = any(cursor.trains for cursor in self._cursors)
-        return not any(cursor.in_progress and (cursor.trains or not known) for cursor in self._running)
+        known = any(place.trains for place in self.places)
+        return not any(place.in_progress and (place.trains or not known) for place in self._running)
 
     def data_state(self, epoch: int) -> dict[str, Any]:
-        """Return the positions within `epoch` for a checkpoint."""
-        positions = {cursor.number: cursor.position(epoch) for cursor in self._cursors}
-        return {"loaders": {number: place for number, place in positions.items() if place is not None}, "last_loader": self._last}
+        """Return what a checkpoint says of all loaders, the same on every rank: positions within `epoch`, sizes of batches."""
+        positions = {place.number: place.position(epoch) for place in self.places}
+        return {
+            "loaders": {number: here for number, here in positions.items() if here is not None},
+            "last_loader": self._last,
+            "unplaced_steps": self._unplaced_steps,
+            "batch_sizes": {place.number: size.state() for place, size in zip(self.places, self._sizes, strict=True)},
+        }
 
-    def _place(self, cursor: Cursor) -> None:
+    def streams(self, epoch: int) -> dict[str, Any]:
+        """Return what of the positions is this rank's alone: the state of its iterable datasets."""
+        states = {place.number: place.state(epoch) for place in self.places if isinstance(place, StreamPlace)}
+        return {number: state for number, state in states.items() if state is not None}
+
+    def _put(self, place: Place) -> None:
         epoch, loaders = self._restored
-        if cursor.number in loaders:
-            cursor.restore(epoch, loaders[cursor.number])
+        if place.number in loaders:
+            place.restore(epoch, loaders[place.number])

@@ -46,15 +46,23 @@ def fix_bucket_order(module: nn.Module) -> bool:
     return settled
 
 
+def has_varying_buckets(module: nn.Module) -> bool:
+    """Return whether a DistributedDataParallel in `module` lays its buckets out anew on each start, in an order that counts."""
+    parts = [part for part in module.modules() if isinstance(part, DistributedDataParallel)]
+    return any(_order_counts(part) and _would_be_misrepresented(part) for part in parts)
+
+
 def _can_be_settled(module: DistributedDataParallel) -> bool:
-    sparse = any(getattr(part, "sparse", False) for part in module.modules())
-    return (
-        module.process_group.size() > 2
-        and not module.find_unused_parameters
-        and not module.static_graph
-        and not sparse
-        and any(parameter.requires_grad for parameter in module.parameters())
-    )
+    return _order_counts(module) and not _would_be_misrepresented(module)
+
+
+def _order_counts(module: DistributedDataParallel) -> bool:
+    trains = any(parameter.requires_grad for parameter in module.parameters())
+    return trains and module.process_group.size() > 2 and not module.find_unused_parameters
+
+
+def _would_be_misrepresented(module: DistributedDataParallel) -> bool:
+    return bool(module.static_graph) or any(getattr(part, "sparse", False) for part in module.modules())
 
 
 def _settle(module: DistributedDataParallel) -> None:

@@ -115,13 +115,18 @@ class Collectives:
         Every rank must call it.
         """
         value, error = _attempt(action)
-        failures = self.gather(None if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
-            raise error
-        for rank, failure in enumerate(failures):
-            if failure is not None:
-                raise RankFailedError(f"rank {rank} failed: {failure}")
+        _raise_if_any_failed(self.gather(_told(error)), error)
         return value  # type: ignore[return-value]  # None only where T allows it
+
+    def collect(self, action: Callable[[], T]) -> list[T]:
+        """Run `action` on every rank and return what all of them returned, in order of rank; if any failed, raise as `together`.
+
+        Every rank must call it.
+        """
+        value, error = _attempt(action)
+        answers = self.gather((value, _told(error)))
+        _raise_if_any_failed([failure for _, failure in answers], error)
+        return [answer for answer, _ in answers]  # type: ignore[misc]  # as above
 
 
 class Ranks(Collectives):
@@ -163,6 +168,18 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, BaseException | None]:
         return action(), None
     except Exception as error:  # noqa: BLE001 - passed on to every rank, where it is raised again
         return None, error
+
+
+def _told(error: BaseException | None) -> str | None:
+    return None if error is None else f"{type(error).__name__}: {error}"
+
+
+def _raise_if_any_failed(failures: list[str | None], own: BaseException | None) -> None:
+    if own is not None:
+        raise own
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            raise RankFailedError(f"rank {rank} failed: {failure}")
 
 
 def _packed(value: object, error: BaseException | None) -> bytes:

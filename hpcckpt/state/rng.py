@@ -1,11 +1,14 @@
 """Random number generators of Python, NumPy and torch, as tensors and primitives that `weights_only` loads."""
 
+import contextlib
 import hashlib
 import random
 import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils.data import get_worker_info
 
 
 def derive_seed(*parts: object) -> int:
@@ -18,6 +21,39 @@ def seed_all(seed: int) -> None:
     """Seed every generator of this process; NumPy's only where it is already imported."""
     random.seed(seed)
     torch.manual_seed(seed)  # and every CUDA device's
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed % 2**32)
+
+
+@contextlib.contextmanager
+def drawing(seed: int | None) -> Iterator[Callable[[int], None]]:
+    """Seed the CPU's generators inside, and put them back behind it; yields what seeds them anew.
+
+    With None nothing is seeded yet. In a DataLoader's worker, which draws for nobody else, nothing is put back.
+    """
+    before = None
+    if get_worker_info() is None:
+        numpy = sys.modules.get("numpy")
+        before = random.getstate(), torch.default_generator.get_state(), numpy, None if numpy is None else numpy.random.get_state()
+    try:
+        if seed is not None:
+            seed_cpu(seed)
+        yield seed_cpu
+    finally:
+        if before is not None:
+            python, own, numpy, keys = before
+            random.setstate(python)
+            torch.default_generator.set_state(own)
+            if numpy is not None:
+                numpy.random.set_state(keys)
+
+
+def seed_cpu(seed: int) -> None:
+    """Seed the CPU's generators; NumPy's only where it is already imported."""
+    random.seed(seed)
+    # Not torch.manual_seed: it goes to every device, and takes a hundred times as long.
+    torch.default_generator.manual_seed(seed)
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed(seed % 2**32)

@@ -86,6 +86,19 @@ class Tracked:
         """Return the tracked modules."""
         return list(self._modules().values())
 
+    def objects(self) -> dict[str, Stateful]:
+        """Return all tracked objects by name."""
+        return dict(self._objects)
+
+    def named_modules(self) -> dict[str, torch.nn.Module]:
+        """Return the tracked modules by name."""
+        return self._modules()
+
+    def without_state(self) -> list[str]:
+        """Return the names of those whose state_dict() has nothing in it, though they hold something that changes."""
+        others = {name: value for name, value in self._objects.items() if not isinstance(value, torch.nn.Module | torch.optim.Optimizer)}
+        return [name for name, value in others.items() if not value.state_dict() and not _is_disabled(value)]
+
     def module_names(self) -> dict[str, list[str]]:
         """Return, for each tracked module, the portable names of its state."""
         return {name: list(portable_names(module).values()) for name, module in self._modules().items()}
@@ -233,6 +246,10 @@ class Tracked:
             for key, parameter in parameter_names(module).items():
                 names.setdefault(key, f"{prefix}{parameter}")
         return names
+
+
+def _is_disabled(value: Stateful) -> bool:
+    return isinstance(value, torch.amp.GradScaler) and not value.is_enabled()
 
 
 def _is_sharded(value: Stateful) -> bool:

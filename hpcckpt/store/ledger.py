@@ -53,7 +53,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     objects = []
     for line in text.splitlines():
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(line)
             if isinstance(value, dict):
                 objects.append(value)

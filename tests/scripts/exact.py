@@ -74,7 +74,7 @@ def main(run: hpcckpt.Run) -> None:
                 print(epoch, *index.tolist(), file=ids, flush=True)
                 run.log(loss=loss.detach())
                 time.sleep(run.args.get("step_s", 0))
-                signal_if_planned(run, run._step + 1)
+                signal_if_planned(run, run.global_step + 1)
                 run.step()
             scheduler.step()
             torch.rand(1)  # an evaluation that draws

@@ -6,18 +6,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hpcckpt import save_dataparallel_checkpoint
-from hpcckpt.checkpoint import Checkpointer, Position
+from hpcckpt.checkpoint import Checkpointer
 from hpcckpt.config import ResumeConfig
+from hpcckpt.data import Loops
 from hpcckpt.distributed import Collectives
 from hpcckpt.errors import CheckpointCorruptError, CheckpointMismatchError
 from hpcckpt.layout import RunLayout
-from hpcckpt.policy import Retention
+from hpcckpt.policy import Position, Retention
 from hpcckpt.state.tracked import Tracked
 from hpcckpt.store import resume
 from hpcckpt.store.checkpoints import CheckpointStore
 from hpcckpt.store.ledger import Ledger
-
-LOADERS = {"loaders": {}, "last_loader": None}
 
 
 class Attempt:
@@ -33,14 +32,14 @@ class Attempt:
         self.store = CheckpointStore(layout, Retention())
         self.store.claim(None)
         self.ledger = Ledger(layout.events)
-        self.checkpointer = Checkpointer(Collectives(0, 1, None), layout, self.store, self.ledger, tracked, seed=0)
+        self.checkpointer = Checkpointer(Collectives(0, 1, None), layout, self.store, self.ledger, tracked, 0, dict)
 
     @property
     def model(self):
         return self.objects["model"]
 
     def save(self, epoch):
-        self.checkpointer.save(Position(epoch, epoch + 1, epoch_finished=True), {}, LOADERS, "test")
+        self.checkpointer.save(Position(epoch, epoch + 1, epoch_finished=True), {}, Loops(), "test")
 
     def start_from(self, path, **options):
         resume.ask(self.layout, self.store, ResumeConfig(from_=str(path), **options))
@@ -66,7 +65,7 @@ def test_what_was_saved_is_restored(layout):
     first.save(0)
     second = Attempt(layout, seed=5)
     restored = second.checkpointer.restore()
-    assert restored.position == Position(0, 1, epoch_finished=True)
+    assert restored.place.position == Position(0, 1, epoch_finished=True)
     assert same(second.model, first.model.state_dict())
 
 
@@ -86,8 +85,8 @@ def test_weights_of_any_origin_begin_a_new_run(layout, tmp_path, write):
     write(state, tmp_path / "weights")
     attempt = Attempt(layout)
     restored = attempt.start_from(tmp_path / "weights", weights_only=True)
-    assert restored.position is None
-    assert restored.notes == ("weights only: a new run begins from them",)
+    assert restored.place is None
+    assert restored.exactness.differs == ("its weights alone were asked for: a new run begins from them",)
     assert same(attempt.model, state)
 
 
@@ -110,7 +109,7 @@ def test_without_strict_what_fits_is_loaded_and_the_rest_is_reported(layout, tmp
     restored = attempt.start_from(tmp_path / "weights.pt", weights_only=True, strict=False)
     assert torch.equal(attempt.model[0].weight, state["0.weight"])
     assert torch.equal(attempt.model[1].weight, own_head)
-    assert restored.notes[1:] == ("model: 3 loaded; 1 of another shape: 1.weight (5, 4) for (2, 4)",)
+    assert restored.exactness.notes == ("model: 3 loaded; 1 of another shape: 1.weight (5, 4) for (2, 4)",)
 
 
 def test_the_weights_of_another_run_go_to_the_objects_they_were_saved_from(layout, tmp_path):
@@ -184,7 +183,7 @@ def test_a_damaged_newest_is_set_aside_and_told(layout):
     path = layout.checkpoints / "checkpoint_epoch0001.pt"
     path.write_bytes(path.read_bytes()[:-1])
     second = Attempt(layout, seed=3)
-    assert second.checkpointer.restore().position.epoch == 0
+    assert second.checkpointer.restore().place.position.epoch == 0
     assert [event["event"] for event in second.ledger.events()] == ["saved", "saved", "damaged"]
     assert (layout.damaged / path.name).exists()
 

@@ -121,5 +121,5 @@ def test_a_symlink_is_not_followed(path, tmp_path):
 
 
 def test_a_damaged_line_is_left_out(path):
-    path.write_bytes(b'{"event": "a"}\n\xff\xfe\x00\n7\nnull\n{"event": "b"}\n')
+    path.write_bytes(b'{"event": "a"}\n\xff\xfe\x00\n7\nnull\n' + b"[" * 100_000 + b'\n{"event": "b"}\n')
     assert [event["event"] for event in Ledger(path).events()] == ["a", "b"]

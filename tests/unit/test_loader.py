@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, TensorDataset
 
-from hpcckpt.data import Cursor, make_loader
+from hpcckpt.data import Share, make_loader
+from hpcckpt.data.cursor import Cursor
 from hpcckpt.errors import CheckpointMismatchError, UsageError
 
 
@@ -26,11 +27,9 @@ class Numbers(Dataset):
         return (index, torch.rand(()).item()) if self.noisy else index
 
 
-DEFAULTS = {"batch_size": 4, "shuffle": True, "drop_last": False, "rank": 0, "world_size": 1, "seed": 7, "number": 0}
-
-
-def loader_of(dataset=None, **changes):
-    return make_loader(Numbers(41) if dataset is None else dataset, **{**DEFAULTS, **changes})
+def loader_of(dataset=None, *, rank=0, world_size=1, seed=7, number=0, **arguments):
+    share = Share(rank, world_size, seed, number)
+    return make_loader(Numbers(41) if dataset is None else dataset, share, **{"batch_size": 4, "shuffle": True, **arguments})[0]
 
 
 def trained(loader, epoch, batches=None):
@@ -100,7 +99,7 @@ def resumed(position, epoch=3, **changes):
 
 
 def at(consumed):
-    return {"consumed": consumed, "num_samples": 41}
+    return {"consumed": consumed, "num_samples": 41, "loop": 0, "trained_loops": []}
 
 
 @pytest.mark.parametrize("shuffle", [True, False], ids=["shuffled", "in order"])
@@ -130,12 +129,12 @@ def test_interrupted_anywhere_and_on_any_world_size_every_sample_comes_once(size
         for rank in range(world_size):
             loader = resumed(position, 2, dataset=dataset, shuffle=shuffle, batch_size=batch_size, rank=rank, world_size=world_size)
             shares.append(trained(loader, 2, stop))
-            positions.add(tuple(loader.batch_sampler.position(2).items()))
+            positions.add((loader.batch_sampler.position(2)["consumed"], len(dataset)))
         assert len(positions) == 1
         drawn = Counter(itertools.chain.from_iterable(itertools.chain.from_iterable(shares)))
         # Fewer samples than ranks were left: some ranks saw the same ones.
         counted.update(set(drawn) if len(dataset) - position["consumed"] < world_size else drawn)
-        position = dict(positions.pop())
+        position = dict(zip(("consumed", "num_samples"), positions.pop(), strict=True))
     assert counted == Counter(range(len(dataset)))
 
 
@@ -182,8 +181,14 @@ def test_a_loader_that_was_restored_and_begun_without_a_step_keeps_its_position(
     next(iter(loader))
     cursor.advance()
     assert cursor.position(3) == at(8)
-    cursor.end()
+    cursor.end(is_exhausted=False)
     assert cursor.position(3) == at(8)
+
+
+def test_a_loader_that_was_restored_and_run_to_its_end_without_a_step_is_over():
+    loader = resumed(at(8))
+    assert len(evaluated(loader, 3)) == 9
+    assert loader.batch_sampler.position(3) == at(41)
 
 
 def test_a_batch_in_progress_is_not_counted():
@@ -374,13 +379,21 @@ class Endless(Dataset):
 
 
 REFUSED = {
-    "stream": ({"dataset": Stream()}, "the dataset has no length"),
-    "stream with a length": ({"dataset": StreamWithLength()}, "the dataset has no length"),
+    "stream": ({"dataset": Stream(), "shuffle": False}, "a Stream has no length and no state"),
+    "stream with a length": ({"dataset": StreamWithLength(), "shuffle": False}, "a StreamWithLength has no length and no state"),
+    "shuffled stream": ({"dataset": Stream()}, "an iterable dataset gives its own order: leave shuffle, sampler and batch_sampler out"),
     "no length": ({"dataset": Endless()}, "the dataset has no length"),
-    "sampler": ({"sampler": [1, 2]}, r"sampler=… would replace the resumable order"),
-    "batch sampler": ({"batch_sampler": None}, r"batch_sampler=… would replace the resumable order"),
+    "shuffle and sampler": ({"sampler": [1, 2]}, "sampler gives the order: leave shuffle out"),
+    "batch size and batch sampler": ({"batch_sampler": [[1, 2]]}, "batch_sampler makes the batches: leave batch_size, shuffle, sampler"),
+    "share of a sampler": (
+        {"sampler": DistributedSampler(Numbers(41), num_replicas=2, rank=0), "shuffle": False},
+        "a DistributedSampler gives this rank's share already",
+    ),
+    "endless sampler": ({"sampler": iter([1]), "shuffle": False}, "sampler: a list_iterator has no length"),
+    "out of order": ({"in_order": False}, "in_order=False would hand batches over in an order that cannot be repeated"),
     "generator": ({"generator": torch.Generator()}, r"generator=… would replace the resumable order"),
-    "no batch": ({"batch_size": 0}, r"batch_size=0 must be at least 1"),
+    "no batch": ({"batch_size": 0}, "batch_size=0 must be a number, at least 1"),
+    "no automatic batches": ({"batch_size": None}, "batch_size=None must be a number, at least 1"),
     "fewer samples than ranks": ({"dataset": Numbers(3), "world_size": 4}, "3 samples are too few for 4 ranks; ask for fewer tasks"),
     "nothing": ({"dataset": Numbers(0)}, "0 samples are too few for 1 ranks"),
 }

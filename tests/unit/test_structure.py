@@ -16,10 +16,11 @@ PACKAGE = Path(hpcckpt.__file__).parent
 
 # A package stands for all of its modules.
 FLOORS = {
-    "submit": 6, "cli": 6, "exits": 6,
-    "launch": 5, "task": 5,
-    "run": 4,
-    "checkpoint": 3, "manager": 3, "requeue": 3, "reading": 3, "weights": 3,
+    "submit": 7, "cli": 7, "exits": 7,
+    "launch": 6, "task": 6,
+    "run": 5,
+    "attempt": 4, "checkpoint": 4, "manager": 4, "weights": 4,
+    "curves": 3, "exactness": 3, "origin": 3, "reading": 3, "recorder": 3, "requeue": 3,
     "state": 2, "store": 2, "data": 2, "progress": 2,
     "distributed": 1, "signals": 1, "scheduler": 1,
     "errors": 0, "layout": 0, "config": 0, "environment": 0, "policy": 0,
@@ -32,13 +33,16 @@ SIDEWAYS = {
     ("cli.main", "submit"): "`hpcckpt submit` is `python -m hpcckpt.submit`",
     ("submit", "exits"): "errors become exit codes in one place",
     ("cli.ckpt", "exits"): "errors become exit codes in one place",
-    ("weights", "reading"): "the one place where a file becomes content",
     ("launch.local", "task"): "the callable that submitit pickles",
     ("launch.slurm", "task"): "the callable that submitit pickles",
-    ("checkpoint", "reading"): "the one place where a file becomes content",
-    ("manager", "reading"): "the one place where a file becomes content",
+    ("data.cursor", "state.rng"): "derive_seed, so that orders and generators are seeded alike",
+    ("data.order", "state.rng"): "what a sampler draws leaves no trace",
+    ("data.samples", "state.rng"): "draws for a sample are seeded, and leave no trace",
+    ("data.stream", "state.rng"): "derive_seed, as above",
     ("manager", "checkpoint"): "the same files, the same commit",
-    ("data.loader", "state.rng"): "derive_seed, so that orders and generators are seeded alike",
+    ("origin", "reading"): "the one place where a file becomes content",
+    ("origin", "exactness"): "what is said of a restart goes with what was restored",
+    ("recorder", "curves"): "what metrics.jsonl is the truth of",
 }
 
 OWNERS = {

@@ -1,0 +1,151 @@
+"""One attempt of a run, on one rank: how it begins, what it says, and the ways in which it ends."""
+
+import os
+import socket
+from contextlib import suppress
+from typing import NoReturn
+
+import torch
+
+from hpcckpt import requeue
+from hpcckpt.config import RunConfig
+from hpcckpt.distributed import Agreement, Ranks
+from hpcckpt.environment import TaskEnvironment
+from hpcckpt.layout import RunLayout
+from hpcckpt.origin import Origin, Restored
+from hpcckpt.recorder import Recorder
+from hpcckpt.signals import SignalLatch
+from hpcckpt.store.checkpoints import CheckpointStore
+from hpcckpt.store.durable import make_private_directory
+from hpcckpt.store.ledger import Ledger
+
+
+class Attempt:
+    """What this process is to the run. Every rank must create one, behind its process group, and call its methods together."""
+
+    def __init__(
+        self,
+        layout: RunLayout,
+        config: RunConfig,
+        task: TaskEnvironment,
+        ranks: Ranks,
+        device: torch.device,
+        latch: SignalLatch,
+        *,
+        owns_latch: bool,
+    ) -> None:
+        self._layout, self._config, self._task = layout, config, task
+        self._ranks, self._device = ranks, device
+        self._latch = latch
+        # Not a latch that was handed in: behind it are submitit's handlers, which requeue.
+        self._owns_latch = owns_latch
+        self.ledger = Ledger(layout.events)
+        self.store = CheckpointStore.configured(layout, config.checkpoint)
+        self.restart_count = ranks.from_main(self._claimed)
+        self.recorder = Recorder(layout, config.name) if ranks.is_main else None
+        self.agreement = Agreement(ranks.store, task.rank, task.world_size)
+        self.is_over = False
+        self._is_recording = False
+        self._told: set[str] = set()
+
+    def recording(self, origin: Origin) -> Recorder | None:
+        """Return rank 0's recorder; from the first call on its file goes on where the run does."""
+        if self.recorder is not None and not self._is_recording:
+            self._is_recording = True
+            self.recorder.begin(origin.epoch, origin.step)
+        return self.recorder
+
+    def note(self, text: str) -> None:
+        """Say something in the log and in the ledger, once an attempt; rank 0 does."""
+        if self._ranks.is_main and text not in self._told:
+            self._told.add(text)
+            self.ledger.append("note", text=text)
+            print(f"hpcckpt: note: {text}", flush=True)
+
+    def announce(self, restored: Restored) -> None:
+        """Say where this attempt goes on from, and how exactly; rank 0 does."""
+        if not self._ranks.is_main:
+            return
+        origin, exactness = restored.origin, restored.exactness
+        told = {} if exactness is None else exactness.fields()
+        file = None if origin.path is None else origin.path.name
+        self.ledger.append("restored", file=file, epoch=origin.epoch, step=origin.step, **told)
+        whence = "from the beginning" if origin.path is None else f"behind {origin.position or 'the weights'} of {origin.path}"
+        print(
+            f"hpcckpt: attempt {self.restart_count + 1} of job {self._task.job_id}, {self._task.world_size} ranks: goes on {whence}",
+            flush=True,
+        )
+        for line in () if exactness is None else exactness.lines():
+            print(f"hpcckpt: {line}", flush=True)
+
+    def finish(self, kind: str, epoch: int, step: int, **facts: object) -> None:
+        """End in order; `kind` is the ledger's word for it. Every rank must call it."""
+        self.is_over = True
+        self._disconnect()
+        if self.recorder is not None:  # behind the barrier: now all ranks are through
+            self.recorder.flush(epoch, step)
+            self.ledger.append(kind, epoch=epoch, step=step, **facts)
+            self.store.release()
+            # The last: a service that draws curves may take its time.
+            self.recorder.close(finished=kind == "finished")
+        self._restore_signals()
+
+    def stop(self, step: int) -> NoReturn:
+        """End behind a checkpoint, requeued or with the reason why not. Every rank must call it.
+
+        Raises:
+            SystemExit: always, but for what `requeue.decide` and `requeue.leave` raise.
+        """
+        stop = requeue.decide(self._ranks, self._task, self._config.requeue, self.ledger, self.store, self._latch.received(), step)
+        self.is_over = True
+        self._disconnect()
+        how_to_go_on = f"To go on: python -m hpcckpt.submit conf={self._layout.config}"
+        # The signals stay latched: a second one must be harmless on the way out.
+        requeue.leave(stop, self._task, self._config.requeue, self.ledger, self.store, step, how_to_go_on)
+
+    def fail(self, error: BaseException, epoch: int, step: int) -> None:
+        """End on this rank alone. The others learn of it from their next collective: this process ends, and with it its connections."""
+        self.is_over = True
+        if not isinstance(error, Exception):  # the script's own SystemExit, or Ctrl-C: the process ends at once
+            return
+        self.ledger.append("failed", rank=self._ranks.rank, step=step, error=f"{type(error).__name__}: {error}")
+        if self.recorder is not None:
+            with suppress(OSError):
+                self.recorder.flush(epoch, step)
+                self.recorder.close(finished=False)
+        self.agreement.close(timeout_s=1)
+        self.store.release()
+        if self._ranks.world_size == 1:  # nobody to wait for, and a notebook may go on in this process
+            self._ranks.close()
+        self._restore_signals()
+
+    def _claimed(self) -> int:
+        """Claim the run directory and write the ledger's first line of this attempt; returns restart_count. Rank 0."""
+        task = self._task
+        make_private_directory(self._layout.root)
+        generation = self.store.claim(task.job_id, task.incarnation)
+        restart_count = task.restart_count
+        if restart_count is None:
+            attempts = [event for event in self.ledger.events() if event["event"] == "attempt"]
+            restart_count = sum(event.get("job_id") == task.job_id for event in attempts)
+        self.ledger.append(
+            "attempt",
+            generation=generation,
+            job_id=task.job_id,
+            restart_count=restart_count,
+            world_size=task.world_size,
+            num_nodes=task.num_nodes,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            device=str(self._device),
+        )
+        return restart_count
+
+    def _disconnect(self) -> None:
+        self._ranks.barrier()
+        self.agreement.close()
+        self._ranks.close()
+
+    def _restore_signals(self) -> None:
+        if self._owns_latch:
+            self._latch.restore()
