@@ -1,15 +1,18 @@
 """One attempt of a run, on one rank: how it begins, what it says, and the ways in which it ends."""
 
 import os
+import shlex
 import socket
+import time
+from collections.abc import Callable
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from hpcckpt import requeue
 from hpcckpt.config import RunConfig
-from hpcckpt.distributed import Agreement, Ranks
+from hpcckpt.distributed import Agreement, Ranks, Wish
 from hpcckpt.environment import TaskEnvironment
 from hpcckpt.layout import RunLayout
 from hpcckpt.origin import Origin, Restored
@@ -41,10 +44,11 @@ class Attempt:
         self._owns_latch = owns_latch
         self.ledger = Ledger(layout.events)
         self.store = CheckpointStore.configured(layout, config.checkpoint)
-        self.restart_count = ranks.from_main(self._claimed)
+        self.restart_count, generation = ranks.from_main(self._claimed)
         self.recorder = Recorder(layout, config.name) if ranks.is_main else None
-        self.agreement = Agreement(ranks.store, task.rank, task.world_size)
+        self.agreement = Agreement(ranks.store, task.rank, task.world_size, name=f"agreement {generation}")
         self.is_over = False
+        self._next_save: float | None = None
         self._is_recording = False
         self._told: set[str] = set()
 
@@ -55,6 +59,28 @@ class Attempt:
             self.recorder.begin(origin.epoch, origin.step)
         return self.recorder
 
+    def attached(self, origin: Origin, attach: Callable[[Recorder], Any]) -> Any:
+        """Attach a curve to rank 0's recorder and return it; None on the other ranks. Every rank must call it."""
+        recorder = self.recording(origin)
+        return self._ranks.together(lambda: None if recorder is None else attach(recorder))
+
+    def tick(self) -> Wish | None:
+        """Count a tick of the agreement; return what all ranks have to do: because of a signal, or `checkpoint.every_minutes`.
+
+        Every rank must call it.
+        """
+        if self._latch.fired:
+            self.agreement.wish("stop")
+        elif self._next_save is not None and time.monotonic() >= self._next_save:
+            self.agreement.wish("save")
+        return self.agreement.tick()
+
+    def note_saved(self) -> None:
+        """Note that a checkpoint was taken: the next `checkpoint.every_minutes` begin."""
+        minutes = self._config.checkpoint.every_minutes
+        # Rank 0's clock counts: clocks of ranks need not agree.
+        self._next_save = time.monotonic() + minutes * 60 if minutes is not None and self._ranks.is_main else None
+
     def note(self, text: str) -> None:
         """Say something in the log and in the ledger, once an attempt; rank 0 does."""
         if self._ranks.is_main and text not in self._told:
@@ -64,6 +90,7 @@ class Attempt:
 
     def announce(self, restored: Restored) -> None:
         """Say where this attempt goes on from, and how exactly; rank 0 does."""
+        self.note_saved()
         if not self._ranks.is_main:
             return
         origin, exactness = restored.origin, restored.exactness
@@ -99,7 +126,9 @@ class Attempt:
         stop = requeue.decide(self._ranks, self._task, self._config.requeue, self.ledger, self.store, self._latch.received(), step)
         self.is_over = True
         self._disconnect()
-        how_to_go_on = f"To go on: python -m hpcckpt.submit conf={self._layout.config}"
+        # A script of one's own has no configuration there. Relative paths are those of the directory it was submitted from.
+        submitted = f"cd {shlex.quote(os.getcwd())} && python -m hpcckpt.submit conf={shlex.quote(str(self._layout.config))}"
+        how_to_go_on = f"To go on: {submitted if self._layout.config.is_file() else 'start the same command again'}"
         # The signals stay latched: a second one must be harmless on the way out.
         requeue.leave(stop, self._task, self._config.requeue, self.ledger, self.store, step, how_to_go_on)
 
@@ -119,8 +148,8 @@ class Attempt:
             self._ranks.close()
         self._restore_signals()
 
-    def _claimed(self) -> int:
-        """Claim the run directory and write the ledger's first line of this attempt; returns restart_count. Rank 0."""
+    def _claimed(self) -> tuple[int, int]:
+        """Claim the run directory and write the ledger's first line of this attempt; returns (restart_count, generation). Rank 0."""
         task = self._task
         make_private_directory(self._layout.root)
         generation = self.store.claim(task.job_id, task.incarnation)
@@ -139,7 +168,7 @@ class Attempt:
             pid=os.getpid(),
             device=str(self._device),
         )
-        return restart_count
+        return restart_count, generation
 
     def _disconnect(self) -> None:
         self._ranks.barrier()

@@ -157,7 +157,8 @@ class Checkpointer:
         self._here = here
         self._given: dict[str, Any] = {}
         self._origin: Origin | None = None
-        self._newest: Position | None = None
+        # Position and metrics: more may be known of a state than when it was saved first.
+        self._newest: tuple[Position, dict[str, float]] | None = None
 
     def boundary(self) -> Boundary:
         """Return a copy of what may change between here and the next training step."""
@@ -168,14 +169,15 @@ class Checkpointer:
         return per_rank(self._ranks.collect(lambda: changed_since(boundary.mark, self._tracked.named_modules())))
 
     def save(self, position: Position, metrics: dict[str, float], loops: Loops, reason: str, boundary: Boundary | None = None) -> None:
-        """Commit a checkpoint of this position; nothing happens where the newest one is of this position already.
+        """Commit a checkpoint of this position; nothing happens where the newest one is of it already, metrics and all.
 
         Every rank must call it. `boundary` was taken at the position, if that is not now.
 
         Raises:
             CheckpointSaveError, FencedError: on every rank; everything older is intact.
         """
-        if position == self._newest:
+        # Metrics are those of rank 0, which need not be the others'.
+        if self._ranks.broadcast(self._newest == (position, metrics)):
             return
         of_ranks = self._ranks.collect(
             lambda: (
@@ -201,7 +203,7 @@ class Checkpointer:
                 hyperparameters=self._given,
             )
         )
-        self._newest = position
+        self._newest = position, dict(metrics)
 
     def origin(self) -> Origin:
         """Return what this attempt goes on from; decided at the first call, by rank 0, which verifies it.
@@ -215,10 +217,10 @@ class Checkpointer:
             self._origin = self._ranks.from_main(lambda: choose(self._layout, self._store, self._ledger))
         return self._origin
 
-    def restore(self) -> Restored:
-        """Load what this start goes on from into the tracked objects of every rank.
+    def restore(self, loops: Loops) -> Restored:
+        """Load what this start goes on from into the tracked objects of every rank, and say how exactly.
 
-        Every rank must call it; all load the same file.
+        Every rank must call it; all load the same file. The places of `loops` are the caller's to restore.
 
         Raises:
             CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError: on every rank.
@@ -228,7 +230,9 @@ class Checkpointer:
         self._given = given(self._tracked.objects())
         if path is None:
             return Restored(origin, put_back=self._seeded())
-        restored: Restored = self._ranks.together(lambda: read(path, self._layout, lambda content: self._load(content, path, origin)))
+        restored: Restored = self._ranks.together(
+            lambda: read(path, self._layout, lambda content: self._load(content, path, origin, loops))
+        )
         if restored.exactness is None:
             return restored
         # What differs may do so on one rank only: another kind of GPU, say.
@@ -243,7 +247,7 @@ class Checkpointer:
             "saved", file=path.name, epoch=position.epoch, step=position.step, reason=reason, save_s=round(time.monotonic() - began, 4)
         )
 
-    def _load(self, content: Any, path: Path, origin: Origin) -> Restored:
+    def _load(self, content: Any, path: Path, origin: Origin, loops: Loops) -> Restored:
         if origin.weights_only:
             weights = weights_in(content, path, self._tracked.module_names())
             notes = self._tracked.load_weights(weights, strict=origin.strict)
@@ -253,21 +257,26 @@ class Checkpointer:
         place = place_in(content, path)
         self._tracked.load(content)
         if path.parent == self._layout.checkpoints:
-            self._newest = place.position
+            self._newest = place.position, place.metrics
         small = self._tracked.small_state()
         put_generators_back = self._generators(content)
+        mark = marked(self._tracked.named_modules())
 
         def put_back() -> None:
+            if changed_since(mark, self._tracked.named_modules()):
+                # An average of weights that is made before the loop, and was before the interruption, too. The file is kept meanwhile.
+                read(path, self._layout, self._tracked.load)
             self._tracked.put_back(small)
             put_generators_back()
 
         saved = content.get("hyperparameters") or {}
-        exactness = self._exactness(content, place, overridden(self._given, self._tracked.objects(), saved))
+        kept = overridden(self._given, self._tracked.objects(), saved)
+        exactness = self._exactness(content, place, loops, kept)
         # Those of the attempt that began the run: what it overrides is told on every restart.
         self._given |= saved
         return Restored(origin, place, exactness, put_back)
 
-    def _exactness(self, content: dict[str, Any], place: SavedPlace, notes: list[str]) -> Exactness:
+    def _exactness(self, content: dict[str, Any], place: SavedPlace, loops: Loops, notes: list[str]) -> Exactness:
         """Return what this rank finds; see `Exactness`."""
         ranks, now = len(content["rng_state"]), self._here()
         differs = differences(_of_rank(content.get("conditions"), self._ranks.rank if ranks == self._ranks.world_size else 0), now)
@@ -280,8 +289,9 @@ class Checkpointer:
             for name, module in self._tracked.named_modules().items()
             if has_varying_buckets(module)
         ]
+        differs += loops.resized(place.batch_sizes)
         if place.unplaced_steps and not place.position.epoch_finished:
-            differs.append(f"{place.unplaced_steps} steps of this epoch were made outside of run.batches: the epoch begins again")
+            differs.append(f"{place.unplaced_steps} steps of this epoch were made outside of run.batches: the script makes them again")
         generators = "generators" if ranks == 1 else f"generators of {ranks} ranks"
         loaders = [
             f"loader {number} at {where['consumed']} of {where['num_samples']}" if "consumed" in where else f"loader {number}"

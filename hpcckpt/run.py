@@ -8,7 +8,6 @@ is where a save or a stop can happen.
 import math
 import os
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,9 +24,9 @@ from hpcckpt.attempt import Attempt
 from hpcckpt.checkpoint import Boundary, Checkpointer, plain_metrics
 from hpcckpt.config import RunConfig
 from hpcckpt.data import Loops, Share, make_loader
-from hpcckpt.distributed import Ranks, choose_device, fix_bucket_order
+from hpcckpt.distributed import Ranks, choose_device, fix_bucket_order, share_buffers
 from hpcckpt.environment import TaskEnvironment
-from hpcckpt.errors import ConfigError, UsageError
+from hpcckpt.errors import UsageError
 from hpcckpt.layout import RunLayout
 from hpcckpt.origin import Restored
 from hpcckpt.policy import Position
@@ -35,7 +34,6 @@ from hpcckpt.signals import SignalLatch, children_protected
 from hpcckpt.state.conditions import conditions
 from hpcckpt.state.rng import seed_all
 from hpcckpt.state.tracked import Tracked
-from hpcckpt.store import resume
 
 T = TypeVar("T")
 
@@ -81,7 +79,7 @@ class Run:
         self.restart_count = self._attempt.restart_count
         self._tracked = Tracked()
         store, ledger = self._attempt.store, self._attempt.ledger
-        here = partial(conditions, self.device, task.num_nodes)
+        here = partial(conditions, self.device, config.seed, task.num_nodes)
         self._checkpointer = Checkpointer(self._ranks, layout, store, ledger, self._tracked, config.seed, here)
         self._loops = Loops()
         self._restored: Restored | None = None
@@ -90,8 +88,10 @@ class Run:
         self._metrics: dict[str, float] = {}
         # Taken where an epoch begins and where its batches end, for as long as no step follows.
         self._boundary: Boundary | None = None
+        # What all ranks have agreed to do next; and how many loops over batches are being run.
+        self._due: Literal["stop", "every_minutes", "every_steps"] | None = None
+        self._bodies = 0
         self._finished = False
-        self._next_save = self._save_deadline()
         # The same initial weights on every rank and attempt.
         seed_all(config.seed)
 
@@ -106,15 +106,7 @@ class Run:
             ConfigError, TaskEnvironmentError, RunDirectoryError, RendezvousError.
         """
         layout = RunLayout(Path(run_dir).absolute())
-        text = layout.config.read_text(encoding="utf-8") if layout.config.is_file() else "entrypoint: __main__:main"
-        merged = configuration.parse(text, list(overrides), where=str(layout.config), default_name=layout.root.name)
-        config = configuration.resolve(merged)
-        if not resume.is_default(config.resume):
-            # Read again at each start, it would be obeyed again at each.
-            raise ConfigError(
-                f"{layout.config}: resume.* is carried out once, by `python -m hpcckpt.submit`; a script of one's own goes on from the "
-                "newest checkpoint"
-            )
+        config = configuration.of_script(layout.config, layout.root.name, list(overrides))
         return cls(layout, config, TaskEnvironment.from_environ(os.environ))
 
     def track(self, **objects: Any) -> None:
@@ -172,8 +164,7 @@ class Run:
         Raises:
             UsageError: the tensorboard package is missing, or an argument would break the curve.
         """
-        recorder = self._attempt.recording(self._checkpointer.origin())
-        return self._ranks.together(lambda: None if recorder is None else recorder.tensorboard(log_dir, **arguments))
+        return self._attempt.attached(self._checkpointer.origin(), lambda recorder: recorder.tensorboard(log_dir, **arguments))
 
     def wandb(self, **arguments: Any) -> Any:
         """Send what `log` and `report` get to Weights & Biases, too, as one run over all attempts; returns rank 0's, else None.
@@ -183,8 +174,7 @@ class Run:
         Raises:
             UsageError: the wandb package is missing, or an argument would break the curve.
         """
-        recorder = self._attempt.recording(self._checkpointer.origin())
-        return self._ranks.together(lambda: None if recorder is None else recorder.wandb(**arguments))
+        return self._attempt.attached(self._checkpointer.origin(), lambda recorder: recorder.wandb(**arguments))
 
     def epochs(self, total: int) -> Iterator[int]:
         """Yield the epochs that are left of 0 … total-1; restore before the first, save at the end of each.
@@ -211,7 +201,7 @@ class Run:
         """Yield the batches of this epoch that were not trained on yet. Every rank must iterate over it.
 
         Behind a stop at the last step of an epoch, or in its evaluation, none are left: what follows the loop must not need
-        a variable that only the loop sets. Several loaders, several loops over one, and loops within loops are all gone on with.
+        a variable that only the loop sets. Several loaders, several loops over one, and loops in step are all gone on with.
 
         Raises:
             UsageError: the loader was not made by `run.loader`, or there is no epoch yet.
@@ -224,6 +214,8 @@ class Run:
             raise UsageError("run.batches: call it inside of `for epoch in run.epochs(…)`")
         if self._loops.begin(place, self._epoch):
             self._restored.put_back()
+            self._boundary = self._checkpointer.boundary()
+        self._bodies += 1
         is_exhausted = False
         try:
             if not place.is_skipped:
@@ -233,16 +225,29 @@ class Run:
                 for batch in iterator:
                     place.advance()
                     yield batch
+                    if not place.in_progress and self._loops.is_between_batches:
+                        # Not before: what follows the step, a break or a return above all, is not run again.
+                        self._boundary = None
+                        self._carry_out()
             is_exhausted = True
+            if place.trains:
+                for module in self._tracked.modules():
+                    share_buffers(module)
         finally:  # a break ends it too
+            self._bodies -= 1
             self._loops.end(place, is_exhausted=is_exhausted)
             if self._boundary is None:
                 self._boundary = self._checkpointer.boundary()
 
+    def enumerate(self, loader: "DataLoader[T]") -> Iterator[tuple[int, T]]:
+        """Yield what `batches` does, each with its number in the epoch, from 0, which goes on after a restart. As `batches`."""
+        for batch in self.batches(loader):
+            yield self._loops.batch_of(loader), batch
+
     def step(self) -> None:
         """Say that one optimizer step is done; the last statement of the loop's body. Every rank must call it.
 
-        May save, or save and leave by SystemExit. Costs microseconds otherwise.
+        A save, or a save and the end by SystemExit, may follow where the next batch is asked for. Costs microseconds otherwise.
 
         Raises:
             UsageError: outside of `run.epochs`.
@@ -254,7 +259,7 @@ class Run:
         self._boundary = None
         self._loops.step()
         due = policy.is_step_due(self.global_step, self._config.checkpoint.every_steps)
-        self._act(Position(self._epoch, self.global_step, epoch_finished=False), due="every_steps" if due else None)
+        self._act(due="every_steps" if due else None, waits=self._bodies > 0)
 
     def poll(self) -> None:
         """Give a stop the chance to happen in a long loop without training steps. Every rank must call it equally often.
@@ -264,7 +269,7 @@ class Run:
         """
         self._loops.stay()
         if not self._finished and self._loops.is_between_batches:
-            self._act(Position(self._epoch, self.global_step, epoch_finished=False))
+            self._act()
 
     def log(self, **values: Any) -> None:
         """Record values of the step in progress (numbers or one-element tensors) in metrics.jsonl; rank 0's count.
@@ -329,14 +334,13 @@ class Run:
         if not self._tracked:
             raise UsageError("run.epochs: nothing is tracked, so nothing would be saved; call run.track(model=…, optimizer=…) before")
         self._attempt.recording(self._checkpointer.origin())
-        self._restored = restored = self._checkpointer.restore()
+        self._restored = restored = self._checkpointer.restore(self._loops)
         origin, place = restored.origin, restored.place
         self._epoch, self.global_step = origin.epoch, origin.step
         if place is not None and not place.position.epoch_finished:
             self._metrics = dict(place.metrics)
             self._loops.restore(self._epoch, place.loaders, place.last_loader, place.unplaced_steps)
         self._attempt.announce(restored)
-        self._next_save = self._save_deadline()
         restored.put_back()
 
     def _end_epoch(self, *, is_last: bool) -> None:
@@ -344,36 +348,36 @@ class Run:
         self._loops.end_epoch()
         position = Position(self._epoch, self.global_step, epoch_finished=True)
         if policy.is_epoch_due(self._epoch, self._config.checkpoint.every_epochs, is_last=is_last):
-            self._save(position, "every_epochs")
+            self._save("every_epochs", position)
         if not is_last:
             self._act(position)
         self._epoch += 1
 
-    def _act(self, position: Position, due: Literal["every_steps"] | None = None) -> None:
-        """Count a tick of the agreement and do what all ranks have to do now, if anything."""
-        if self._latch.fired:
-            self._attempt.agreement.wish("stop")
-        elif self._next_save is not None and time.monotonic() >= self._next_save:
-            self._attempt.agreement.wish("save")
-        wish = self._attempt.agreement.tick()
-        if wish is not None and self._is_disturbed():
-            return  # the wish comes back at the next tick
-        if wish == "stop":
+    def _act(self, position: Position | None = None, due: Literal["every_steps"] | None = None, *, waits: bool = False) -> None:
+        """Count a tick of the agreement and do what all ranks have to do now, if anything; where it `waits`, at the next occasion."""
+        if self._due != "stop":
+            wish = self._attempt.tick()
+            self._due = "stop" if wish == "stop" else "every_minutes" if wish == "save" else due or self._due
+        if not waits:
+            self._carry_out(position)
+
+    def _carry_out(self, position: Position | None = None) -> None:
+        """Do what is due, unless the state behind the last step cannot be saved any more: then later. Every rank must call it."""
+        if self._due is None:
+            if self._recorder is not None and self._recorder.is_due:
+                self._recorder.flush(self._epoch, self.global_step)
+        elif not self._is_disturbed():
+            due, self._due = self._due, None
             if self._restored is not None:  # else there is nothing yet that the newest checkpoint does not hold
-                self._save(position, "stop")
-            self._attempt.stop(self.global_step)
-        elif self._restored is not None and (wish == "save" or due is not None):
-            self._save(position, due or "every_minutes")
-        elif self._recorder is not None and self._recorder.is_due:
-            self._recorder.flush(self._epoch, self.global_step)
+                self._save(due, position)
+            if due == "stop":
+                self._attempt.stop(self.global_step)
 
     def _is_disturbed(self) -> bool:
         """Whether the state behind the last step cannot be saved any more. Every rank must call it."""
-        changed = () if self._boundary is None or self._restored is None else self._checkpointer.changed_since(self._boundary)
+        changed = () if self._boundary is None else self._checkpointer.changed_since(self._boundary)
         if changed:
-            self._attempt.note(
-                f"{', '.join(changed)}: changed behind the last training step, so a stop waits for the next one or the end of the epoch"
-            )
+            self._attempt.note(f"{', '.join(changed)}: changed behind the last step, so a stop waits for the next one or the epoch's end")
         return bool(changed)
 
     def _leave_early(self) -> None:
@@ -383,17 +387,13 @@ class Run:
         if disturbed:
             how = f"not saved, because of {', '.join(disturbed)}, which changed behind the last step in a loop over run.batches"
         else:
-            self._save(Position(self._epoch, self.global_step, epoch_finished=False), "left")
+            self._save("left")
             how = "saved there; to go on, submit again"
         self._attempt.note(f"the training function has left its loop in epoch {self._epoch}, behind step {self.global_step}: {how}")
 
-    def _save(self, position: Position, reason: str) -> None:
+    def _save(self, reason: str, position: Position | None = None) -> None:
         if self._recorder is not None:
             self._recorder.flush(self._epoch, self.global_step, durable=True)
+        position = position or Position(self._epoch, self.global_step, epoch_finished=False)
         self._checkpointer.save(position, self._metrics, self._loops, reason, self._boundary)
-        self._next_save = self._save_deadline()
-
-    def _save_deadline(self) -> float | None:
-        minutes = self._config.checkpoint.every_minutes
-        # Rank 0's clock counts: clocks of ranks need not agree.
-        return time.monotonic() + minutes * 60 if minutes is not None and self.is_main else None
+        self._attempt.note_saved()

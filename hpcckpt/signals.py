@@ -99,12 +99,16 @@ def obey_parent_only() -> None:
     Slurm sends SIGTERM to every process of a job that is cancelled or preempted. A DataLoader whose workers die of it raises
     in the training before that can save; one whose workers cannot be terminated at all waits for them for ever.
     """
-    parent = os.getppid()
+    # Late: signals are latched before torch is there. With forkserver the parent is not the rank.
+    from torch.multiprocessing import parent_process
+
+    rank = parent_process()
+    parent = os.getppid() if rank is None else rank.pid
 
     def wait() -> None:
         while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
             pass
-        os._exit(128 + signal.SIGTERM)
+        os._exit(0)  # as asked: any other code DataLoader reports as a worker's failure
 
     threading.Thread(target=wait, name="hpcckpt-sigterm", daemon=True).start()
 

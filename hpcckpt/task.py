@@ -17,6 +17,7 @@ from hpcckpt.environment import TaskEnvironment
 from hpcckpt.errors import ConfigError
 from hpcckpt.layout import RunLayout
 from hpcckpt.signals import SignalLatch
+from hpcckpt.store.ledger import Ledger
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,12 @@ class RankTask:
             config = configuration.resolve(configuration.load(layout.config), str(layout.config))
             task = TaskEnvironment.from_environ(os.environ)
             task.check_against(config.slurm.nodes, config.slurm.tasks_per_node)
-            main = import_entrypoint(config.entrypoint)
+            try:
+                main = import_entrypoint(config.entrypoint)
+            except Exception as error:
+                # A Run would say so, but there is none yet; and what imports on a login node need not do so here.
+                Ledger(layout.events).append("failed", rank=task.rank, error=f"{type(error).__name__}: {error}")
+                raise
             from hpcckpt.run import Run
 
             with Run(layout, config, task, latch) as run:

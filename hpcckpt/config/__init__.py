@@ -1,6 +1,6 @@
 """The configuration: a typed schema, one loader, and checks that answer a slip with the key that was meant."""
 
-from hpcckpt.config.loader import check, dump, find_file, load, parse, resolve
+from hpcckpt.config.loader import check, dump, find_file, load, of_script, parse, resolve
 from hpcckpt.config.schema import CheckpointConfig, RequeueConfig, ResumeConfig, RunConfig, SlurmConfig, all_keys
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "dump",
     "find_file",
     "load",
+    "of_script",
     "parse",
     "resolve",
 ]

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hpcckpt.config.checks import CONTROL, problems
-from hpcckpt.config.schema import FIELD_OF_KEY, KEY_OF_FIELD, SECTIONS, RunConfig, all_keys, keys_of, meant
+from hpcckpt.config.schema import FIELD_OF_KEY, KEY_OF_FIELD, SECTIONS, ResumeConfig, RunConfig, all_keys, keys_of, meant
 from hpcckpt.errors import ConfigError
 
 # Whatever OmegaConf raises for a value that it cannot take.
@@ -41,6 +41,24 @@ def load(path: Path, overrides: Sequence[str] = ()) -> DictConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise _refusal(str(path), f"cannot be read ({error}); give a readable YAML file") from None
     return parse(text, overrides, where=str(path), default_name=path.stem)
+
+
+def of_script(path: Path, name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Return the configuration of a script that was started without a submission: of a file, where there is one, and `overrides`.
+
+    Raises:
+        ConfigError: as `load`; or it says where to go on from.
+    """
+    if path.is_file():
+        config = resolve(load(path, overrides), str(path))
+    else:
+        config = resolve(parse("entrypoint: __main__:main", overrides, where=str(path), default_name=name))
+    if config.resume != ResumeConfig():
+        # Read again at each start, it would be obeyed again at each.
+        raise ConfigError(
+            f"{path}: resume.* is carried out once, by `python -m hpcckpt.submit`; a script of one's own goes on from the newest checkpoint"
+        )
+    return config
 
 
 def parse(text: str, overrides: Sequence[str] = (), *, where: str = "configuration", default_name: str = "run") -> DictConfig:

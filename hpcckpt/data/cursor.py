@@ -28,6 +28,8 @@ class Cursor(Place):
         self._seed = seed
         self._plan = EpochPlan(orders.num_units, world_size, batch_size, 0, drop_last)
         self._draws = 0
+        # Of an order that is the user's sampler's, a checksum: nobody else can say whether it comes out the same again.
+        self._digest: int | None = None
         self.generator = torch.Generator()
 
     def __len__(self) -> int:
@@ -51,16 +53,21 @@ class Cursor(Place):
         self._draws = self._seed_for("samples")
         self._order = self._made()
         _refuse_too_few(self._order.num_units, self._orders, self._plan.world_size)
+        self._digest = self._order.digest() if self._orders.may_vary else None
         self._plan = replace(self._plan, num_samples=self._order.num_units, start=0)
         if position is not None:
             self._fit(position)
             self._plan = self._behind(position["consumed"])
 
     def _behind_step(self) -> dict[str, Any]:
-        return {"consumed": self._plan.bounds(self._handed_out - 1)[1], "num_samples": self._plan.num_samples}
+        return self._at(self._plan.bounds(self._handed_out - 1)[1])
 
     def _over(self) -> dict[str, Any]:
-        return {"consumed": self._plan.num_samples, "num_samples": self._plan.num_samples}
+        return self._at(self._plan.num_samples)
+
+    def _at(self, consumed: int) -> dict[str, Any]:
+        order = {} if self._digest is None else {"order": self._digest}
+        return {"consumed": consumed, "num_samples": self._plan.num_samples, **order}
 
     def _check(self, position: Mapping[str, Any]) -> None:
         if not self._orders.may_vary:
@@ -68,9 +75,15 @@ class Cursor(Place):
 
     def _fit(self, position: Mapping[str, Any]) -> None:
         if position.get("num_samples") != self._plan.num_samples:
+            now, then = self._plan.num_samples, position.get("num_samples", "an unknown number")
             raise CheckpointMismatchError(
-                f"the dataset of loader {self.number} has {self._plan.num_samples} {self._orders.unit}, but had {position.get('num_samples')} "
+                f"the dataset of loader {self.number} has {now} {self._orders.unit}, but had {then} "
                 "when the epoch was interrupted: bring back the former data, or go on from the end of an epoch (resume.epoch=…)"
+            )
+        if self._digest is not None and position.get("order", self._digest) != self._digest:
+            raise CheckpointMismatchError(
+                f"the sampler of loader {self.number} gives another order than when the epoch was interrupted: let it draw from the "
+                "global generators or from a torch.Generator called `generator`, or go on from the end of an epoch (resume.epoch=…)"
             )
 
     def _made(self) -> Order:

@@ -50,6 +50,11 @@ class Loops:
         """Return the place of a loader; None if it is none of these."""
         return next((place for known, place in self._loaders if known is loader), None)
 
+    def batch_of(self, loader: object) -> int:
+        """Return the number of the batch that was handed out last by a loader of these; see `Place.batch`."""
+        place = self.place_of(loader)
+        return -1 if place is None else place.batch
+
     def restore(self, epoch: int, loaders: Mapping[str, dict[str, Any]], last: str | None, unplaced_steps: int) -> None:
         """Put all loaders, also those that are yet to come, where a checkpoint within `epoch` has them."""
         self._restored = epoch, loaders
@@ -60,7 +65,7 @@ class Loops:
 
     def begin(self, place: Place, epoch: int) -> bool:
         """Note that a loop begins; returns whether it is the one in which the restored checkpoint's last step was made."""
-        is_goal = place.begin(epoch)
+        is_goal = place.begin(epoch, is_within=bool(self._running))
         self.stay()
         self._running.append(place)
         resumes = is_goal and self._resuming == place.number
@@ -69,17 +74,23 @@ class Loops:
         return resumes
 
     def end(self, place: Place, *, is_exhausted: bool) -> None:
-        """Note that a loop is over."""
-        self._running.remove(place)
-        place.end(is_exhausted=is_exhausted)
+        """Note that a loop is over; one that was not left before its epoch's end (an iterator kept in a variable) was over then."""
+        if place in self._running:
+            self._running.remove(place)
+            place.end(is_exhausted=is_exhausted)
 
     def step(self) -> None:
         """Note an optimizer step in all loops that are being run."""
         self.stay()
-        for place in self._running:
+        # An iterator that was left in a variable has a loop, but no part in the step.
+        moved = [place for place in self._running if place.in_progress]
+        for place in moved:
             place.step()
-        self._last = self._running[0].number if self._running else None
-        self._unplaced_steps += not self._running
+        if moved:
+            self._last = moved[0].number
+        elif not self._running:
+            self._last = None
+            self._unplaced_steps += 1
 
     def stay(self) -> None:
         """Note that something followed the loops that were left: see `Place.stay`."""
@@ -96,6 +107,7 @@ class Loops:
         self._last = self._resuming = None
         self._unplaced_steps = 0
         self._restored = (0, {})
+        self._running.clear()
         for place in self.places:
             place.forget()
 
@@ -117,6 +129,11 @@ class Loops:
             "unplaced_steps": self._unplaced_steps,
             "batch_sizes": {place.number: size.state() for place, size in zip(self.places, self._sizes, strict=True)},
         }
+
+    def resized(self, saved: Mapping[str, Mapping[str, int]]) -> list[str]:
+        """Return which loaders the script gives another batch size than the one a checkpoint was saved with."""
+        pairs = [(number, saved.get(str(number), {}).get("asked", size.asked), size.asked) for number, size in enumerate(self._sizes)]
+        return [f"loader {number}: batch_size {then} then, {now} now" for number, then, now in pairs if then != now]
 
     def streams(self, epoch: int) -> dict[str, Any]:
         """Return what of the positions is this rank's alone: the state of its iterable datasets."""

@@ -4,6 +4,8 @@ It is the same on every rank and attempt: a function of a seed. What is shared o
 batches of a batch sampler. A listed order takes 8 bytes a sample (and 8 a batch), in the rank's main process alone.
 """
 
+import functools
+import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
@@ -33,6 +35,11 @@ class Order:
     num_units: int
     indices: torch.Tensor | None = None
     offsets: torch.Tensor | None = None
+
+    def digest(self) -> int:
+        """Return a checksum of what is listed, to tell one order from another; a second for a billion samples."""
+        listed = (part for part in (self.indices, self.offsets) if part is not None)
+        return functools.reduce(lambda sum_, part: zlib.crc32(part.numpy(), sum_), listed, 0)  # type: ignore[arg-type]  # an array is a buffer
 
     def batch(self, units: range, seed: int) -> Batch:
         """Return the samples of consecutive units."""

@@ -25,6 +25,9 @@ class Place(ABC):
         # Which loop of the epoch is being run, and in which of those before it steps were made.
         self._loop = -1
         self._trained: list[int] = []
+        self._is_within = False
+        # Batches of this loop that an attempt before has trained on.
+        self._before = 0
         self._handed_out = 0
         # What was handed out in this loop when the last step was made.
         self._stepped = 0
@@ -43,10 +46,16 @@ class Place(ABC):
         """Whether something was handed out behind the last step."""
         return self._handed_out > self._stepped
 
-    def begin(self, epoch: int) -> bool:
+    @property
+    def batch(self) -> int:
+        """The number in its loop, from 0, of the batch that was handed out last."""
+        return self._before + self._handed_out - 1
+
+    def begin(self, epoch: int, *, is_within: bool = False) -> bool:
         """Enter a loop: at its beginning, behind the restored position, or at its end if a later one of this epoch is to be gone on with.
 
-        Returns whether it is the loop of the restored position.
+        Returns whether it is the loop of the restored position. `is_within` another loop, it counts only if steps are made in it: after
+        a restart the other one is run from where it was, and so are those within.
 
         Raises:
             CheckpointMismatchError: the restored position does not fit what is there now.
@@ -56,7 +65,8 @@ class Place(ABC):
                 self._position = self._goal = None
             self._epoch, self._loop, self._trained = epoch, -1, []
         self._loop += 1
-        self._handed_out = self._stepped = 0
+        self._is_within = is_within
+        self._before = self._handed_out = self._stepped = 0
         self._left = None
         goal = self._goal
         self._resumed = goal is not None and self._loop >= goal["loop"]
@@ -64,7 +74,7 @@ class Place(ABC):
         if self.is_skipped:
             self._trained.append(self._loop)
         elif self._resumed:
-            self._goal = None
+            self._goal, self._before = None, int(goal.get("batches", 0)) if goal is not None else 0
             self._enter(goal)
         else:
             self._enter(None)
@@ -84,10 +94,12 @@ class Place(ABC):
     def end(self, *, is_exhausted: bool = True) -> None:
         """Note that the loop is over, by its end or by a break: a loop in which steps were made is not entered again."""
         if self._stepped or (self._resumed and is_exhausted):
-            self._left = None if is_exhausted or self.in_progress else self.position(self._epoch)
+            self._left = None if is_exhausted else self.position(self._epoch)
             self._position = self._marked(self._over())
         if self._stepped or self._resumed:
             self._trained.append(self._loop)
+        elif self._is_within and not self.is_skipped:
+            self._loop -= 1
         self._handed_out = self._stepped = 0
 
     def stay(self) -> None:
@@ -121,7 +133,7 @@ class Place(ABC):
         self._goal = self._position
 
     def _marked(self, here: dict[str, Any]) -> dict[str, Any]:
-        return {**here, "loop": self._loop, "trained_loops": self._trained.copy()}
+        return {**here, "batches": self._before + self._handed_out, "loop": self._loop, "trained_loops": self._trained.copy()}
 
     @abstractmethod
     def _enter(self, position: Mapping[str, Any] | None) -> None:

@@ -7,6 +7,7 @@ that the training draws what it would draw anyhow. What is drawn from generators
 inside of `__getitem__`, `torch.initial_seed()` is the sample's seed to make one from.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
@@ -17,22 +18,21 @@ from hpcckpt.state.rng import derive_seed, drawing, seed_cpu
 
 
 class _View:
-    """Shows the attributes of the user's dataset as its own."""
+    """Shows the attributes of the user's dataset as its own; those named hpcckpt_… are ours."""
 
-    dataset: Any
-    _own = frozenset({"dataset"})
+    hpcckpt_dataset: Any
 
     def __getattr__(self, name: str) -> Any:
-        if name in self._own or name.startswith("__"):  # not there yet: it is being unpickled
+        if name.startswith(("hpcckpt_", "__")):  # not there yet: it is being unpickled
             raise AttributeError(name)
-        return getattr(self.dataset, name)
+        return getattr(self.hpcckpt_dataset, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A worker_init_fn sets what is to be each worker's share.
-        if name in self._own:
+        if name.startswith("hpcckpt_"):
             object.__setattr__(self, name, value)
         else:
-            setattr(self.dataset, name, value)
+            setattr(self.hpcckpt_dataset, name, value)
 
 
 class Fetched(list[Any]):
@@ -42,32 +42,32 @@ class Fetched(list[Any]):
 
 
 class SeededDataset(_View, Dataset[Any]):
-    """A map-style dataset as a resumable loader gives it to its workers; `dataset` is the user's."""
+    """A map-style dataset as a resumable loader gives it to its workers; `hpcckpt_dataset` is the user's."""
 
     def __init__(self, dataset: Dataset[Any]) -> None:
-        self.dataset = dataset
+        self.hpcckpt_dataset = dataset
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.hpcckpt_dataset)
 
     def __getitem__(self, index: int) -> Any:
-        return self.dataset[index]
+        return self.hpcckpt_dataset[index]
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
         """Fetch the samples of a batch, each with generators seeded for it."""
         if not isinstance(indices, Batch):  # not from our order
-            return [self.dataset[index] for index in indices]
+            return [self.hpcckpt_dataset[index] for index in indices]
         fetched = Fetched()
         fetched.seed = derive_seed(indices.seed, "batch", indices.first)
         with drawing(None) as seed:
-            if _fetches_batches(self.dataset):
+            if _fetches_batches(self.hpcckpt_dataset):
                 # It gives all samples of a batch at once, so they are seeded at once.
                 seed(derive_seed(indices.seed, indices.first))
-                fetched += self.dataset.__getitems__(list(indices))
+                fetched += self.hpcckpt_dataset.__getitems__(list(indices))
             else:
                 for place, index in enumerate(indices, indices.first):
                     seed(derive_seed(indices.seed, place))
-                    fetched.append(self.dataset[index])
+                    fetched.append(self.hpcckpt_dataset[index])
         return fetched
 
 
@@ -86,43 +86,51 @@ class SeededCollate:
 
 
 class SeededStream(_View, IterableDataset[Any]):
-    """An iterable dataset as a resumable loader gives it to its workers; `dataset` is the user's.
+    """An iterable dataset as a resumable loader gives it to its workers; `hpcckpt_dataset` is the user's.
 
     What a worker draws for a sample depends on the seed, the epoch, the rank, the worker, and how many it gave before. In
     the training's own process the training's generators are drawn from, and a checkpoint has their state.
     """
 
-    _own = frozenset({"dataset", "seed", "_count", "_resumes"})
-
     def __init__(self, dataset: IterableDataset[Any]) -> None:
-        self.dataset = dataset
+        self.hpcckpt_dataset = dataset
         # Of the loop over it that comes next.
-        self.seed = 0
-        self._count = 0
-        self._resumes = False
+        self.hpcckpt_seed = 0
+        self.hpcckpt_count = 0
+        # What was loaded, until the first sample behind it: a dataset need not know before it is iterated over.
+        self.hpcckpt_loaded: dict[str, Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.hpcckpt_dataset)
 
     def __iter__(self) -> Iterator[Any]:
-        self._count, self._resumes = self._count if self._resumes else 0, False
+        if self.hpcckpt_loaded is None:
+            self.hpcckpt_count = 0
         worker = get_worker_info()
-        samples = iter(self.dataset)
+        samples = iter(self.hpcckpt_dataset)
         while True:
             if worker is not None:
-                seed_cpu(derive_seed(self.seed, worker.id, self._count))
+                seed_cpu(derive_seed(self.hpcckpt_seed, worker.id, self.hpcckpt_count))
             try:
                 sample = next(samples)
             except StopIteration:
                 return
-            self._count += 1
+            finally:
+                self.hpcckpt_loaded = None
+            self.hpcckpt_count += 1
             yield sample
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the last sample leaves it."""
-        return {"count": self._count, "dataset": self.dataset.state_dict()}
+        if self.hpcckpt_loaded is not None:
+            return self.hpcckpt_loaded
+        return {"count": self.hpcckpt_count, "dataset": self.hpcckpt_dataset.state_dict() if self.hpcckpt_count else None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next loop go on there."""
-        self._count, self._resumes = int(state["count"]), True
-        self.dataset.load_state_dict(state["dataset"])
+        self.hpcckpt_count, self.hpcckpt_loaded = int(state["count"]), dict(state)
+        if self.hpcckpt_count:
+            self.hpcckpt_dataset.load_state_dict(copy.deepcopy(state["dataset"]))
 
 
 def seeded(dataset: Dataset[Any], collate: Callable[[list[Any]], Any] | None) -> tuple[Dataset[Any], Callable[[list[Any]], Any] | None]:

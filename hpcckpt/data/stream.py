@@ -67,12 +67,12 @@ class StreamPlace(Place):
         return self._stream if self.loader is None else self.loader
 
     def _enter(self, position: Mapping[str, Any] | None) -> None:
-        set_epoch = getattr(self._stream.dataset, "set_epoch", None)
+        set_epoch = getattr(self._stream.hpcckpt_dataset, "set_epoch", None)
         if callable(set_epoch):
             set_epoch(self._epoch)
         seed = derive_seed(self._seed, "stream", self.number, self._epoch, self._rank)
         self.generator.manual_seed(seed)
-        self._stream.seed = seed
+        self._stream.hpcckpt_seed = seed
         self.is_skipped = position is not None and bool(position["is_over"])
         if position is not None and not self.is_skipped:
             self._source.load_state_dict(copy.deepcopy(position[_MINE]))

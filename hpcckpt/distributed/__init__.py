@@ -1,7 +1,7 @@
 """Process group, rendezvous, agreement and sharded tensors. Sole owner of `torch.distributed`."""
 
 from hpcckpt.distributed.agreement import Agreement, Wish
-from hpcckpt.distributed.ddp import fix_bucket_order, has_varying_buckets
+from hpcckpt.distributed.ddp import fix_bucket_order, has_varying_buckets, share_buffers
 from hpcckpt.distributed.ranks import Collectives, Ranks, choose_device
 from hpcckpt.distributed.sharded import full_state, holds_shards, is_sharded, local_state, shard_like
 
@@ -18,4 +18,5 @@ __all__ = [
     "is_sharded",
     "local_state",
     "shard_like",
+    "share_buffers",
 ]

@@ -44,11 +44,14 @@ class _Decision:
 class Agreement:
     """One rank's side of the agreement. Every rank must create one, over the same store, and call `tick` equally often.
 
-    `wish` and `tick` belong to one thread, the training's.
+    `wish` and `tick` belong to one thread, the training's. The store may outlive an attempt (torchrun's does, and so would its
+    wishes): each attempt's agreement has a `name` of its own there.
     """
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        self._store = dist.PrefixStore("agreement", store)
+    def __init__(
+        self, store: dist.Store, rank: int, world_size: int, timeout_s: float = DEFAULT_TIMEOUT_S, *, name: str = "agreement"
+    ) -> None:
+        self._store = dist.PrefixStore(name, store)
         self._rank = rank
         self._world_size = world_size
         self._timeout_s = timeout_s
@@ -64,7 +67,7 @@ class Agreement:
         self._thread: threading.Thread | None = None
         if world_size > 1:
             # A client of its own: a blocking read would lock the training out of the shared one.
-            listening = dist.PrefixStore("agreement", store.clone())  # type: ignore[attr-defined]  # not in torch's stubs
+            listening = dist.PrefixStore(name, store.clone())  # type: ignore[attr-defined]  # not in torch's stubs
             self._thread = threading.Thread(target=self._listen, args=(listening,), name="hpcckpt-agreement", daemon=True)
             self._thread.start()
 

@@ -12,6 +12,7 @@ better. Only public interfaces are used, and no parameter, optimizer or random n
 """
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -46,6 +47,20 @@ def fix_bucket_order(module: nn.Module) -> bool:
     return settled
 
 
+def share_buffers(module: nn.Module) -> None:
+    """Give every rank rank 0's buffers, as the next forward pass of each DistributedDataParallel in `module` would.
+
+    Every rank must call it. Since the last pass BatchNorm's statistics are each rank's own, and a checkpoint has rank 0's: an
+    evaluation that goes around DDP would see others behind a restart.
+    """
+    for part in module.modules():
+        if isinstance(part, DistributedDataParallel) and part.broadcast_buffers and part.process_group.size() > 1:
+            ignored = part.parameters_to_ignore
+            for name, buffer in part.module.named_buffers():
+                if name not in ignored:
+                    dist.broadcast(buffer, dist.get_global_rank(part.process_group, 0), group=part.process_group)
+
+
 def has_varying_buckets(module: nn.Module) -> bool:
     """Return whether a DistributedDataParallel in `module` lays its buckets out anew on each start, in an order that counts."""
     parts = [part for part in module.modules() if isinstance(part, DistributedDataParallel)]
@@ -72,6 +87,8 @@ def _settle(module: DistributedDataParallel) -> None:
         with torch.enable_grad():
             # The first backward pass records the order, the second forward pass applies it.
             for _ in range(2):
+                # The stand-in has no buffers to broadcast, and DDP counts those of the model; each forward sets it back.
+                module.require_forward_param_sync = False
                 module().backward()
     finally:
         module.module = wrapped

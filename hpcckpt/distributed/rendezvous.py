@@ -51,7 +51,8 @@ def open_store(task: TaskEnvironment, timeout_s: float = DEFAULT_TIMEOUT_S) -> I
     if task.launcher == "torchrun":
         # torchrun's agent has already chosen address and port, and may serve the store itself.
         store, _, _ = next(dist.rendezvous("env://", task.rank, task.world_size, timeout=timeout))
-        yield dist.PrefixStore("hpcckpt", store)
+        # It serves all attempts: the addresses of one must not be taken for another's.
+        yield dist.PrefixStore(f"hpcckpt {task.restart_count}", store)
     elif task.world_size == 1:
         yield dist.HashStore()
     elif task.rank == 0:

@@ -31,6 +31,7 @@ _ASIDE = "which can change what is computed outside of torch, such as augmentati
 _HOST = "which can change what the CPU computes, such as augmentation"
 # What each fact is called, and what it can change where that is not the training step itself; in the order of the report.
 _FACTS: dict[str, tuple[str, str]] = {
+    "seed": ("seed", ""),
     "device": ("device", ""),
     "torch": ("torch", ""),
     "gpu": ("GPU", ""),
@@ -69,10 +70,10 @@ _OF_THE_HOST = frozenset({"machine", "cpu", "cpu_capability", "mkl", "onednn"})
 _MODES = {0: "off", 1: "warn only", 2: "on"}
 
 
-def conditions(device: torch.device, num_nodes: int = 1) -> dict[str, Fact]:
+def conditions(device: torch.device, seed: int | None = None, num_nodes: int = 1) -> dict[str, Fact]:
     """Return what decides the bits of a training step on `device`, in this process and now.
 
-    `num_nodes` are those that the ranks are spread over.
+    `seed` is the run's, and `num_nodes` are those that its ranks are spread over.
     Plain values under names that later versions keep. A fact that cannot be had is left out, the GPU's name among them
     for as long as CUDA has not been started. Never raises.
     """
@@ -81,6 +82,8 @@ def conditions(device: torch.device, num_nodes: int = 1) -> dict[str, Fact]:
     gpu = _gpu(device)
     if device.type != _CPU_DEVICE:
         found["num_nodes"] = num_nodes
+    if seed is not None:
+        found["seed"] = seed
     return {**found, "gpu": gpu} if gpu else found
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from support.forked_ranks import ForkedRanks
+
 
 def final_state(run_dir: Path) -> dict[str, object]:
     pointer = json.loads((run_dir / "checkpoints" / "latest.json").read_text())
@@ -37,3 +39,14 @@ def same_state():
         assert_equal(final_state(first), final_state(second), "checkpoint")
 
     return check
+
+
+@pytest.fixture(scope="session")
+def forked_ranks(environ):
+    """Real ranks, each a fork of a process that has torch imported."""
+    server = ForkedRanks(environ())
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.stop()

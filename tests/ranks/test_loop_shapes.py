@@ -1,73 +1,125 @@
-"""Stops in every shape of loop: warm-up, evaluation with a resumable loader, gradient accumulation, two loaders, break.
+"""Stops at each step and each poll in every shape of loop, and kills; the run must end as if there had been none.
 
-One real rank in a process of its own, signalled at a chosen place; the run must end as if it had not been.
+Real ranks in processes of their own. What is compared is the last checkpoint bit for bit, metrics.jsonl line by line, and what each
+rank trained on at which step.
 """
 
 from pathlib import Path
 
 import pytest
 
-SCRIPT = str(Path(__file__).parents[1] / "scripts" / "loops.py")
-REQUEUED, DONE = [144], [0]
+from support.faults import CHAOS
+from support.runs import REQUEUED, Runs, chains
 
+pytestmark = pytest.mark.timeout(300)
 
-class Shapes:
-    """Runs of one shape; the undisturbed one is made once."""
-
-    def __init__(self, ranks, folder, same_state) -> None:
-        self.ranks, self.folder, self.same_state = ranks, folder, same_state
-
-    def run(self, shape: str, name: str, stop: int | None = None) -> list[int]:
-        argv = [SCRIPT, str(self.folder / f"{shape} {name}"), f"args.shape='{shape}'"]
-        attempt = self.ranks.run(argv, 1, {} if stop is None else {"HPCCKPT_TEST_STOP": str(stop)})
-        assert attempt.codes in (REQUEUED, DONE), attempt.outputs
-        return attempt.codes
-
-    def trace(self, shape: str, name: str) -> list[str]:
-        return (self.folder / f"{shape} {name}" / "trace").read_text().splitlines()
-
-    def assert_as_if_undisturbed(self, shape: str, name: str) -> None:
-        if not (self.folder / f"{shape} whole").exists():
-            assert self.run(shape, "whole") == DONE
-        assert self.run(shape, name) == DONE
-        whole, stopped = self.trace(shape, "whole"), self.trace(shape, name)
-        assert [line for line in stopped if "evaluated" not in line] == [line for line in whole if "evaluated" not in line]
-        assert set(whole) - set(stopped) == set(), "an evaluation is missing, or saw a part only"
-        assert {line.split()[2] for line in stopped if "evaluated" in line} <= {"8"}
-        self.same_state(self.folder / f"{shape} whole", self.folder / f"{shape} {name}")
+SHAPES = {
+    "Plain": "one loop",
+    "PollFirst": "a poll before the first batch of an epoch",
+    "WarmUp": "polls before the loop over epochs",
+    "Evaluate": "an evaluation behind the loop, and a scheduler's step",
+    "EvaluateFirst": "an evaluation before and behind it",
+    "TwoLoaders": "a loop over another loader behind it",
+    "Alternating": "two loaders by turns, each twice",
+    "Accumulate": "two batches a step, and a poll between a batch and its step",
+    "TwoSteps": "two steps a batch",
+    "Break": "a break behind a step, and an evaluation",
+    "BreakAndAgain": "a break behind a step, and another loop over the same loader",
+    "BreakBeforeTheStep": "a break with a batch that was not trained on",
+    "Twice": "the same loader twice, an evaluation and a scheduler's step between",
+    "OwnEvaluation": "an evaluation over the loader that is trained on, before, between and behind",
+    "Zip": "two loaders in one loop, the longer one first",
+    "ZipOther": "two loaders in one loop, the shorter one first",
+    "Cycle": "a second loader that begins anew within an epoch",
+    "CycleKept": "the same, with an iterator that outlives its epoch",
+    "EvaluateBeforeStep": "an evaluation between a batch and its step",
+    "Sampler": "a sampler with replacement",
+    "Batches": "a batch sampler",
+    "Iterable": "an iterable dataset and another loader by turns",
+    "IterableTwice": "an iterable dataset twice an epoch",
+    "IterableBreak": "an iterable dataset, left by a break and looped over again",
+    "Average": "weights averaged behind an epoch's loop",
+    "AverageByHand": "weights averaged behind it through .data",
+    "AverageFirst": "weights averaged where an epoch begins",
+    "NormalizedAverage": "BatchNorm, and an average with statistics of its own",
+}
+ON_TWO_RANKS = ("Evaluate", "Alternating", "Break", "Cycle", "IterableTwice", "AverageOnMain", "AverageFirst", "NormalizedAverage")
 
 
 @pytest.fixture(scope="module")
-def shapes(module_ranks, tmp_path_factory, same_state):
-    return Shapes(module_ranks, tmp_path_factory.mktemp("shapes"), same_state)
+def runs(forked_ranks, tmp_path_factory, same_state):
+    script = Path(__file__).parents[1] / "scripts" / "loops.py"
+    return Runs(forked_ranks, script, tmp_path_factory.mktemp("shapes"), same_state)
+
+
+def stopped_everywhere(runs, shape, world):
+    whole = runs.whole(world, f"args.shape={shape}")
+    for number, stops in enumerate(chains(whole.places(), shape)[0 if CHAOS else -1 :]):
+        runs.assert_same(whole, runs.run(f"{shape} {world} {number}", world, f"args.shape={shape}", stops=stops))
+
+
+@pytest.mark.parametrize("shape", [pytest.param(name, id=words) for name, words in SHAPES.items()])
+def test_stops_leave_no_trace_in_the_result(runs, shape):
+    stopped_everywhere(runs, shape, 1)
+
+
+@pytest.mark.parametrize("shape", ON_TWO_RANKS)
+def test_stops_of_two_ranks_leave_no_trace_in_the_result(runs, shape):
+    stopped_everywhere(runs, shape, 2)
+
+
+@pytest.mark.parametrize("shape", ["Break", "TwoSteps"])
+def test_a_stop_in_the_very_step_before_a_break_does_not_lose_the_break(runs, shape):
+    whole = runs.whole(1, f"args.shape={shape}")
+    stops = [place for place in whole.places() if place.startswith("step")]
+    runs.assert_same(whole, runs.run(f"{shape} at each step", 1, f"args.shape={shape}", stops=stops))
 
 
 @pytest.mark.parametrize(
-    ("shape", "place"),
-    [
-        pytest.param("poll first", 9, id="a poll before the first batch of a later epoch"),
-        pytest.param("evaluate", 14, id="a step, where the evaluation uses a loader of the run"),
-        pytest.param("evaluate", 19, id="a poll in such an evaluation, behind the scheduler's step"),
-        pytest.param("evaluate first", 13, id="a poll in an evaluation before the training of an epoch"),
-        pytest.param("evaluate first", 17, id="a step behind an evaluation"),
-        pytest.param("two loaders", 18, id="a step in the second of two training loops"),
-        pytest.param("two loaders", 16, id="the last step of the first of two training loops"),
-        pytest.param("accumulate", 14, id="a poll between a batch and its step"),
-        pytest.param("break", 15, id="a poll in the evaluation behind a break"),
-        pytest.param("plain", 21, id="the poll behind the last epoch but one's end"),
-    ],
+    ("shape", "world"), [("EvaluateFirst", 1), ("Alternating", 1), ("Break", 1), ("IterableTwice", 1), ("Evaluate", 2)]
 )
-def test_a_stop_leaves_no_trace_in_the_result(shapes, shape, place):
-    assert shapes.run(shape, str(place), stop=place) == REQUEUED
-    shapes.assert_as_if_undisturbed(shape, str(place))
+def test_kills_cost_what_was_behind_the_last_checkpoint_and_nothing_else(runs, shape, world):
+    arguments = (f"args.shape={shape}", "checkpoint.every_steps=2")
+    whole = runs.whole(world, *arguments)
+    made = runs.run(f"{shape} {world} killed", world, *arguments, kills=whole.places()[:: 1 if CHAOS else 3])
+    runs.assert_same(whole, made)
+    assert len(made.steps()) > len(whole.steps()), "nothing was lost"
 
 
-def test_a_stop_in_a_warm_up_of_a_later_attempt_loses_nothing(shapes):
-    assert shapes.run("warm-up", "twice", stop=12) == REQUEUED
-    assert shapes.run("warm-up", "twice", stop=1) == REQUEUED
-    shapes.assert_as_if_undisturbed("warm-up", "twice")
+def test_a_change_behind_the_last_step_has_a_stop_wait_for_the_end_of_the_epoch(runs):
+    made = runs.run("waits", 1, "args.shape=Average", stops=["poll 1.3"])
+    assert "note: average: changed behind the last step, so a stop waits for the next one or the epoch's end" in made.outputs[0]
+    saved = [event for event in made.events() if event["event"] == "saved"]
+    assert [(event["epoch"], event["step"], event["reason"]) for event in saved[1:2]] == [(1, 12, "every_epochs")]
+    assert len(made.outputs) == 2
 
 
-def test_a_signal_behind_the_last_epoch_is_too_late_to_matter(shapes):
-    assert shapes.run("plain", "late", stop=3 * 7 + 1) == DONE
-    shapes.assert_as_if_undisturbed("plain", "late")
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_evaluation_of_a_model_with_statistics_does_not_delay_a_stop(runs, world):
+    whole = runs.whole(world, "args.shape=Normalized")
+    made = runs.run(f"statistics {world}", world, "args.shape=Normalized", stops=["poll 1.1"])
+    runs.assert_same(whole, made)
+    assert "so a stop waits" not in "".join(made.outputs)
+    if world == 1:  # two agree on a place behind it
+        (stopped,) = (event for event in made.events() if event["event"] == "saved" and event["reason"] == "stop")
+        assert (stopped["epoch"], stopped["step"]) == (1, 12)
+        assert (made.folder / "places.0").read_text().splitlines().count("poll 1.4") == 1, "it did not stop at once"
+
+
+@pytest.mark.parametrize("shape", ["Outside", "OutsideBehind"])
+def test_a_restart_says_that_steps_were_made_outside_of_any_loop(runs, shape):
+    made = runs.run(f"{shape} told", 1, f"args.shape={shape}", stops=["step 17"])
+    assert "steps of this epoch were made outside of run.batches" in made.outputs[1]
+    assert "NOT bit-exact from here on" in made.outputs[1]
+
+
+def test_a_stop_in_a_warm_up_of_a_later_attempt_loses_nothing(runs):
+    arguments = ("twice", 1, "args.shape=WarmUp")
+    for place in ("step 9", "warm-up 0"):
+        assert runs.attempt(*arguments, HPCCKPT_TEST_STOPS=place).codes == [REQUEUED]
+    runs.assert_same(runs.whole(*arguments[1:]), runs.run(*arguments))
+
+
+def test_a_signal_behind_the_last_epoch_is_too_late_to_matter(runs):
+    made = runs.run("late", 1, "args.shape=Plain", stops=["poll 2.101"])
+    runs.assert_same(runs.whole(1, "args.shape=Plain"), made)

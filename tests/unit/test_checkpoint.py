@@ -43,7 +43,7 @@ class Attempt:
 
     def start_from(self, path, **options):
         resume.ask(self.layout, self.store, ResumeConfig(from_=str(path), **options))
-        return self.checkpointer.restore()
+        return self.checkpointer.restore(Loops())
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_what_was_saved_is_restored(layout):
     first = Attempt(layout)
     first.save(0)
     second = Attempt(layout, seed=5)
-    restored = second.checkpointer.restore()
+    restored = second.checkpointer.restore(Loops())
     assert restored.place.position == Position(0, 1, epoch_finished=True)
     assert same(second.model, first.model.state_dict())
 
@@ -173,7 +173,7 @@ def test_a_checkpoint_that_was_replaced_by_a_symlink_is_not_followed(layout, tmp
     path.rename(tmp_path / "elsewhere.pt")
     path.symlink_to(tmp_path / "elsewhere.pt")
     with pytest.raises(CheckpointCorruptError, match="no checkpoint here is intact"):
-        Attempt(layout).checkpointer.restore()
+        Attempt(layout).checkpointer.restore(Loops())
 
 
 def test_a_damaged_newest_is_set_aside_and_told(layout):
@@ -183,7 +183,7 @@ def test_a_damaged_newest_is_set_aside_and_told(layout):
     path = layout.checkpoints / "checkpoint_epoch0001.pt"
     path.write_bytes(path.read_bytes()[:-1])
     second = Attempt(layout, seed=3)
-    assert second.checkpointer.restore().place.position.epoch == 0
+    assert second.checkpointer.restore(Loops()).place.position.epoch == 0
     assert [event["event"] for event in second.ledger.events()] == ["saved", "saved", "damaged"]
     assert (layout.damaged / path.name).exists()
 
@@ -200,7 +200,7 @@ def test_what_was_restored_is_not_mapped_from_the_file_any_more(layout):
     again = nn.Parameter(torch.zeros(2000))
     other, other_optimizer = nn.Module(), torch.optim.Adam([again])
     other.register_parameter("weight", again)
-    Attempt(layout, model=other, optimizer=other_optimizer).checkpointer.restore()
+    Attempt(layout, model=other, optimizer=other_optimizer).checkpointer.restore(Loops())
     path = layout.checkpoints / "checkpoint_epoch0000.pt"
     with path.open("r+b") as file:
         file.write(bytes(path.stat().st_size))

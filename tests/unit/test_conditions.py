@@ -253,3 +253,10 @@ def test_a_gpu_is_in_doubt_without_deterministic_algorithms_and_with_benchmarks(
     (measured,) = doubts({"device": "cuda", "deterministic": "on", "cudnn_benchmark": True})
     assert measured.startswith("torch.backends.cudnn.benchmark is on")
     assert doubts({"device": "cuda", "deterministic": "on", "cudnn_benchmark": False}) == []
+
+
+def test_another_seed_and_another_number_of_nodes_are_told():
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    assert differences(conditions(cpu, 0), conditions(cpu, 1)) == ["seed 0 then, 1 now"]
+    assert differences(conditions(cpu, 0, 2), conditions(cpu, 0, 4)) == []  # gloo adds in order of rank
+    assert "number of nodes, which decides how NCCL adds 2 then, 4 now" in differences(conditions(meta, 0, 2), conditions(meta, 0, 4))

@@ -98,6 +98,12 @@ def resumed(position, epoch=3, **changes):
     return loader
 
 
+def position_of(cursor, epoch):
+    """Return a position but for its number of batches, which is for `run.enumerate`."""
+    position = cursor.position(epoch)
+    return None if position is None else {key: value for key, value in position.items() if key != "batches"}
+
+
 def at(consumed):
     return {"consumed": consumed, "num_samples": 41, "loop": 0, "trained_loops": []}
 
@@ -108,11 +114,11 @@ def test_from_every_position_exactly_the_rest_follows(done, shuffle):
     whole = trained(loader_of(shuffle=shuffle), 3)
     loader = loader_of(shuffle=shuffle)
     assert trained(loader, 3, batches=done) == whole[:done]
-    position = loader.batch_sampler.position(3)
+    position = position_of(loader.batch_sampler, 3)
     assert position == at(min(done * 4, 41))
     again = resumed(position, shuffle=shuffle)
     again.batch_sampler.begin(3)
-    assert again.batch_sampler.position(3) == position
+    assert position_of(again.batch_sampler, 3) == position
     assert trained(resumed(position, shuffle=shuffle), 3) == whole[done:]
 
 
@@ -129,7 +135,7 @@ def test_interrupted_anywhere_and_on_any_world_size_every_sample_comes_once(size
         for rank in range(world_size):
             loader = resumed(position, 2, dataset=dataset, shuffle=shuffle, batch_size=batch_size, rank=rank, world_size=world_size)
             shares.append(trained(loader, 2, stop))
-            positions.add((loader.batch_sampler.position(2)["consumed"], len(dataset)))
+            positions.add((position_of(loader.batch_sampler, 2)["consumed"], len(dataset)))
         assert len(positions) == 1
         drawn = Counter(itertools.chain.from_iterable(itertools.chain.from_iterable(shares)))
         # Fewer samples than ranks were left: some ranks saw the same ones.
@@ -148,7 +154,7 @@ def test_the_position_begins_anew_with_each_epoch():
     positions = []
     for epoch, batches in ((3, 2), (4, 0), (5, 1), (6, None)):
         trained(loader, epoch, batches)
-        positions.append(loader.batch_sampler.position(epoch))
+        positions.append(position_of(loader.batch_sampler, epoch))
     assert positions == [at(16), None, at(4), at(41)]
 
 
@@ -156,13 +162,13 @@ def test_the_position_of_another_epoch_is_none():
     loader = loader_of()
     cursor = loader.batch_sampler
     trained(loader, 3, batches=2)
-    assert [cursor.position(epoch) for epoch in (2, 3, 4)] == [None, at(8), None]
+    assert [position_of(cursor, epoch) for epoch in (2, 3, 4)] == [None, at(8), None]
     cursor.end()
-    assert [cursor.position(epoch) for epoch in (2, 3, 4)] == [None, at(41), None]
+    assert [position_of(cursor, epoch) for epoch in (2, 3, 4)] == [None, at(41), None]
     cursor.begin(4)
-    assert cursor.position(4) is None
+    assert position_of(cursor, 4) is None
     restored = resumed(at(8)).batch_sampler
-    assert [restored.position(epoch) for epoch in (2, 3, 4)] == [None, at(8), None]
+    assert [position_of(restored, epoch) for epoch in (2, 3, 4)] == [None, at(8), None]
 
 
 def test_a_loader_that_was_restored_but_not_begun_keeps_its_position():
@@ -170,8 +176,8 @@ def test_a_loader_that_was_restored_but_not_begun_keeps_its_position():
     cursor = loader.batch_sampler
     other = loader_of(number=1)
     trained(other, 3, batches=1)
-    assert (cursor.position(3), cursor.in_progress, cursor.trains) == (at(8), False, True)
-    assert trained(resumed(cursor.position(3)), 3) == trained(loader_of(), 3)[2:]
+    assert (position_of(cursor, 3), cursor.in_progress, cursor.trains) == (at(8), False, True)
+    assert trained(resumed(position_of(cursor, 3)), 3) == trained(loader_of(), 3)[2:]
 
 
 def test_a_loader_that_was_restored_and_begun_without_a_step_keeps_its_position():
@@ -180,15 +186,15 @@ def test_a_loader_that_was_restored_and_begun_without_a_step_keeps_its_position(
     cursor.begin(3)
     next(iter(loader))
     cursor.advance()
-    assert cursor.position(3) == at(8)
+    assert position_of(cursor, 3) == at(8)
     cursor.end(is_exhausted=False)
-    assert cursor.position(3) == at(8)
+    assert position_of(cursor, 3) == at(8)
 
 
 def test_a_loader_that_was_restored_and_run_to_its_end_without_a_step_is_over():
     loader = resumed(at(8))
     assert len(evaluated(loader, 3)) == 9
-    assert loader.batch_sampler.position(3) == at(41)
+    assert position_of(loader.batch_sampler, 3) == at(41)
 
 
 def test_a_batch_in_progress_is_not_counted():
@@ -201,11 +207,11 @@ def test_a_batch_in_progress_is_not_counted():
         next(batches)
         cursor.advance()
         seen.append(cursor.in_progress)
-        assert cursor.position(3) == expected
+        assert position_of(cursor, 3) == expected
         cursor.step()
         seen.append(cursor.in_progress)
     assert seen == [True, False] * 3
-    assert cursor.position(3) == at(12)
+    assert position_of(cursor, 3) == at(12)
 
 
 def test_a_step_counts_all_batches_since_the_one_before():
@@ -216,7 +222,7 @@ def test_a_step_counts_all_batches_since_the_one_before():
         cursor.advance()
         if number % 3 == 0:  # gradient accumulation
             cursor.step()
-        assert cursor.position(3) == (at(number // 3 * 12) if number >= 3 else None)
+        assert position_of(cursor, 3) == (at(number // 3 * 12) if number >= 3 else None)
         assert cursor.in_progress is (number % 3 != 0)
 
 
@@ -241,7 +247,7 @@ def test_a_loop_without_steps_has_no_position_and_always_begins_anew(batches, en
     cursor = loader.batch_sampler
     for _ in range(3):
         assert evaluated(loader, 3, batches, ended) == whole[:batches]
-        assert (cursor.position(3), cursor.trains) == (None, False)
+        assert (position_of(cursor, 3), cursor.trains) == (None, False)
         assert cursor.in_progress is (not ended and batches != 0)
     assert evaluated(loader, 3) == whole
 
@@ -257,7 +263,7 @@ def test_a_loop_without_steps_within_a_training_loop_disturbs_neither():
         ours.step()
         seen.append(batch.tolist())
         evaluated(evaluation, 3, batches=done % 4)
-        assert (ours.position(3), other.position(3)) == (at(min(done * 4, 41)), None)
+        assert (position_of(ours, 3), position_of(other, 3)) == (at(min(done * 4, 41)), None)
         assert not ours.in_progress
     assert seen == whole
     assert (ours.trains, other.trains) == (True, False)
@@ -269,11 +275,11 @@ def test_a_loop_without_steps_over_the_training_loader_itself_leaves_its_positio
     whole = trained(loader, 3)
     cursor.end()
     assert evaluated(loader, 3, batches=2) == whole[:2]
-    assert cursor.position(3) == at(41)
+    assert position_of(cursor, 3) == at(41)
     again = resumed(at(41))
     assert trained(again, 3) == []
     again.batch_sampler.end()
-    assert again.batch_sampler.position(3) == at(41)
+    assert position_of(again.batch_sampler, 3) == at(41)
     assert evaluated(again, 3) == whole
 
 
@@ -283,7 +289,7 @@ def test_of_a_loop_with_steps_that_is_over_nothing_is_left(batches, drop_last):
     loader = loader_of(drop_last=drop_last)
     trained(loader, 3, batches)
     loader.batch_sampler.end()
-    assert loader.batch_sampler.position(3) == at(41)
+    assert position_of(loader.batch_sampler, 3) == at(41)
     assert not loader.batch_sampler.in_progress
     again = resumed(at(41), drop_last=drop_last)
     assert trained(again, 3) == []
@@ -297,7 +303,7 @@ def test_of_a_loop_that_was_left_within_a_batch_behind_a_step_nothing_is_left():
     cursor.advance()
     assert cursor.in_progress
     cursor.end()
-    assert (cursor.position(3), cursor.in_progress) == (at(41), False)
+    assert (position_of(cursor, 3), cursor.in_progress) == (at(41), False)
 
 
 def test_a_loader_is_known_to_train_from_its_first_step_on():
@@ -330,11 +336,11 @@ def test_what_workers_fetch_ahead_does_not_move_the_position(workers):
     cursor = loader.batch_sampler
     cursor.begin(3)
     for done, batch in enumerate(loader, 1):
-        assert cursor.position(3) == (at((done - 1) * 4) if done > 1 else None)
+        assert position_of(cursor, 3) == (at((done - 1) * 4) if done > 1 else None)
         cursor.advance()
         cursor.step()
         assert batch.tolist() == whole[done - 1]
-        assert cursor.position(3) == at(min(done * 4, 41))
+        assert position_of(cursor, 3) == at(min(done * 4, 41))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -409,7 +415,7 @@ def test_a_dataset_of_another_size_does_not_fit_the_position():
     loader = loader_of(number=2)
     with pytest.raises(CheckpointMismatchError, match="the dataset of loader 2 has 41 samples, but had 40 when"):
         loader.batch_sampler.restore(0, {"consumed": 4, "num_samples": 40})
-    assert (loader.batch_sampler.position(0), loader.batch_sampler.trains) == (None, False)
+    assert (position_of(loader.batch_sampler, 0), loader.batch_sampler.trains) == (None, False)
     assert len(trained(loader, 0)) == 11
 
 
@@ -418,3 +424,20 @@ def test_a_restored_position_is_of_its_epoch_only_also_where_that_epoch_does_not
     cursor.restore(3, {"consumed": 6, "num_samples": 8})
     cursor.begin(4)
     assert [index for batch in cursor for index in batch] == list(range(8))
+
+
+@pytest.mark.parametrize("done", range(1, 11))
+def test_batches_are_numbered_on_behind_an_interruption(done):
+    loader = loader_of()
+    trained(loader, 3, batches=done)
+    again = loader_of()
+    again.batch_sampler.restore(3, loader.batch_sampler.position(3))
+    again.batch_sampler.begin(3)
+    numbers = []
+    for _ in again:
+        again.batch_sampler.advance()
+        numbers.append(again.batch_sampler.batch)
+    assert numbers == list(range(done, 11))
+    again.batch_sampler.begin(4)
+    again.batch_sampler.advance()
+    assert again.batch_sampler.batch == 0
