@@ -56,8 +56,12 @@ class Attempt:
         """Return rank 0's recorder; from the first call on its file goes on where the run does."""
         if self.recorder is not None and not self._is_recording:
             self._is_recording = True
-            self.recorder.begin(origin.epoch, origin.step)
+            self.recorder.begin(origin.epoch, origin.step, origin.lines)
         return self.recorder
+
+    def lines(self, epoch: int, step: int) -> int:
+        """Return what a checkpoint behind `step` says of metrics.jsonl: see `Recorder.lines`; rank 0's counts."""
+        return 0 if self.recorder is None else self.recorder.lines(epoch, step)
 
     def attached(self, origin: Origin, attach: Callable[[Recorder], Any]) -> Any:
         """Attach a curve to rank 0's recorder and return it; None on the other ranks. Every rank must call it."""

@@ -132,6 +132,8 @@ class Boundary:
     tracked: dict[str, Any]
     # What is too large to be copied, and must not change.
     mark: Mark
+    # As `Recorder.lines`.
+    lines: int
 
 
 class Checkpointer:
@@ -160,18 +162,26 @@ class Checkpointer:
         # Position and metrics: more may be known of a state than when it was saved first.
         self._newest: tuple[Position, dict[str, float]] | None = None
 
-    def boundary(self) -> Boundary:
+    def boundary(self, lines: int) -> Boundary:
         """Return a copy of what may change between here and the next training step."""
-        return Boundary(rng_state(), self._tracked.small_state(), marked(self._tracked.named_modules()))
+        return Boundary(rng_state(), self._tracked.small_state(), marked(self._tracked.named_modules()), lines)
 
     def changed_since(self, boundary: Boundary) -> tuple[str, ...]:
         """Return what has changed since then that the boundary has no copy of, on any rank. Every rank must call it."""
         return per_rank(self._ranks.collect(lambda: changed_since(boundary.mark, self._tracked.named_modules())))
 
-    def save(self, position: Position, metrics: dict[str, float], loops: Loops, reason: str, boundary: Boundary | None = None) -> None:
+    def save(
+        self,
+        position: Position,
+        metrics: dict[str, float],
+        loops: Loops,
+        reason: str,
+        boundary: Boundary | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
         """Commit a checkpoint of this position; nothing happens where the newest one is of it already, metrics and all.
 
-        Every rank must call it. `boundary` was taken at the position, if that is not now.
+        Every rank must call it. `boundary` was taken at the position, if that is not now; `facts` join the data state.
 
         Raises:
             CheckpointSaveError, FencedError: on every rank; everything older is intact.
@@ -186,7 +196,7 @@ class Checkpointer:
                 portable(loops.streams(position.epoch), "the loaders' iterable datasets"),
             )
         )
-        data_state = loops.data_state(position.epoch)
+        data_state = {**loops.data_state(position.epoch), **(facts or {})}
         for number, loader in data_state["loaders"].items():
             if number in of_ranks[0][2]:
                 loader[STATES] = [streams[number] for _, _, streams in of_ranks]
@@ -290,6 +300,8 @@ class Checkpointer:
             if has_varying_buckets(module)
         ]
         differs += loops.resized(place.batch_sizes)
+        if not place.position.epoch_finished:
+            differs += place.reasons
         if place.unplaced_steps and not place.position.epoch_finished:
             differs.append(f"{place.unplaced_steps} steps of this epoch were made outside of run.batches: the script makes them again")
         generators = "generators" if ranks == 1 else f"generators of {ranks} ranks"

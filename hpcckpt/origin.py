@@ -30,6 +30,8 @@ class Origin:
     position: Position | None = None
     # Of each loader, as `data.loader.BatchSize.state`.
     batch_sizes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    # How many lines of metrics.jsonl were given behind the last step, and are not given again.
+    lines: int = 0
 
     @property
     def epoch(self) -> int:
@@ -54,6 +56,9 @@ class SavedPlace:
     # Steps of the epoch in progress that were made in no loop over a loader.
     unplaced_steps: int
     batch_sizes: dict[str, dict[str, int]]
+    lines: int
+    # Why it cannot be gone on with exactly, as far as the run that saved it knew.
+    reasons: list[str]
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,8 @@ def place_in(content: Any, path: Path) -> SavedPlace:
             data_state["last_loader"],
             int(data_state.get("unplaced_steps", 0)),
             {str(number): {key: int(value) for key, value in size.items()} for number, size in data_state.get("batch_sizes", {}).items()},
+            int(data_state.get("lines", 0)),
+            [str(reason) for reason in data_state.get("reasons", ())],
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointMismatchError(
@@ -146,4 +153,4 @@ def weights_in(content: Any, path: Path, names: Mapping[str, list[str]]) -> dict
 
 def _peeked(path: Path, layout: RunLayout) -> Origin:
     place: SavedPlace = read(path, layout, lambda content: place_in(content, path))
-    return Origin(path, position=place.position, batch_sizes=place.batch_sizes)
+    return Origin(path, position=place.position, batch_sizes=place.batch_sizes, lines=place.lines)

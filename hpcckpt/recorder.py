@@ -4,6 +4,7 @@ Rank 0 alone has a recorder. `metrics.jsonl` is the truth: cut back to where the
 curves are made to agree with it. Values may be tensors on a device: nothing is waited for but in `flush`.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,16 +31,19 @@ class Recorder:
         self._attached: set[str] = set()
         self._began_at: int | None = None
         self._step = 0
+        # How many lines were given behind the last step.
+        self._place, self._lines = (0, 0), 0
         self._due_at = 0.0
 
-    def begin(self, epoch: int, step: int) -> None:
-        """Go on at a position: the epochs before `epoch` are finished, `step` optimizer steps are done.
+    def begin(self, epoch: int, step: int, lines: int = 0) -> None:
+        """Go on at a position: the epochs before `epoch` are finished, `step` optimizer steps are done, `lines` given since.
 
         Drops what lies behind it from metrics.jsonl. Failing that is no reason not to train: it is said.
         """
         self._began_at = self._step = step
+        self._place, self._lines = (epoch, step), lines
         try:
-            self._file.cut_back(epoch, step)
+            self._file.cut_back(epoch, step, lines)
         except OSError as error:
             _note(
                 f"{self._layout.metrics}: could not be cut back ({error.strerror or error}); points behind step {step} will be there twice"
@@ -81,13 +85,23 @@ class Recorder:
 
     def log(self, epoch: int, step_done: int, values: Mapping[str, Any]) -> None:
         """Keep values of the step in progress; nothing is written or waited for here."""
+        self._count(epoch, step_done)
         self._step = step_done
         self._file.add("log", epoch, step_done + 1, dict(values))
 
     def report(self, epoch: int, step_done: int, values: Mapping[str, Any]) -> None:
         """Keep metrics of the state behind `step_done` steps; nothing is written or waited for here."""
+        self._count(epoch, step_done)
         self._step = step_done
         self._file.add("report", epoch, step_done, dict(values))
+
+    def lines(self, epoch: int, step: int) -> int:
+        """Return how many lines were given in `epoch` behind `step` steps, and before the next."""
+        return self._lines if self._place == (epoch, step) else 0
+
+    def _count(self, epoch: int, step: int) -> None:
+        self._lines = self.lines(epoch, step) + 1
+        self._place = epoch, step
 
     @property
     def is_due(self) -> bool:
@@ -147,6 +161,17 @@ class Recorder:
         except Exception as error:  # noqa: BLE001 - as above
             self._curves.remove(curve)
             _note(f"{curve.name}: {type(error).__name__}: {error}; this curve ends here, and {self._layout.metrics} goes on")
+
+
+def refuse_many(values: Mapping[str, Any]) -> None:
+    """Refuse what is no number, or more than one; a tensor on a device is not waited for.
+
+    Raises:
+        UsageError: one is; names it.
+    """
+    for name, value in values.items():
+        if not isinstance(value, int | float | str) and math.prod(getattr(value, "shape", (0,))) != 1:
+            raise UsageError(f"run.log({name}=…): a {type(value).__name__} is no number, or more than one; log its mean, say")
 
 
 def _note(text: str) -> None:

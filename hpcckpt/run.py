@@ -1,11 +1,9 @@
 """`Run`: all that a training script sees.
 
 Three places matter, the same on every rank: `run.epochs` restores before the first epoch and saves at the end of each,
-`run.batches` goes on behind the last batch that was trained on, and `run.step` (the last statement of the loop's body)
-is where a save or a stop can happen.
+`run.batches` goes on behind the last batch that was trained on, and behind `run.step` a save or a stop can happen.
 """
 
-import math
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -23,13 +21,14 @@ from hpcckpt import policy
 from hpcckpt.attempt import Attempt
 from hpcckpt.checkpoint import Boundary, Checkpointer, plain_metrics
 from hpcckpt.config import RunConfig
-from hpcckpt.data import Loops, Share, make_loader
+from hpcckpt.data import CUT, Loops, Share, make_loader
 from hpcckpt.distributed import Ranks, choose_device, fix_bucket_order, share_buffers
 from hpcckpt.environment import TaskEnvironment
 from hpcckpt.errors import UsageError
 from hpcckpt.layout import RunLayout
 from hpcckpt.origin import Restored
 from hpcckpt.policy import Position
+from hpcckpt.recorder import refuse_many
 from hpcckpt.signals import SignalLatch, children_protected
 from hpcckpt.state.conditions import conditions
 from hpcckpt.state.rng import seed_all
@@ -169,10 +168,7 @@ class Run:
     def wandb(self, **arguments: Any) -> Any:
         """Send what `log` and `report` get to Weights & Biases, too, as one run over all attempts; returns rank 0's, else None.
 
-        Every rank must call it. Arguments are those of wandb.init.
-
-        Raises:
-            UsageError: the wandb package is missing, or an argument would break the curve.
+        Every rank must call it. Arguments are those of wandb.init. Raises as `tensorboard` does.
         """
         return self._attempt.attached(self._checkpointer.origin(), lambda recorder: recorder.wandb(**arguments))
 
@@ -191,7 +187,7 @@ class Run:
         if self._recorder is not None:
             self._recorder.start(total)
         while self._epoch < total:
-            self._boundary = self._checkpointer.boundary()
+            self._boundary = self._mark()
             yield self._epoch
             self._end_epoch(is_last=self._epoch + 1 >= total)
             self._metrics = {}
@@ -214,7 +210,7 @@ class Run:
             raise UsageError("run.batches: call it inside of `for epoch in run.epochs(…)`")
         if self._loops.begin(place, self._epoch):
             self._restored.put_back()
-            self._boundary = self._checkpointer.boundary()
+            self._boundary = self._mark()
         self._bodies += 1
         is_exhausted = False
         try:
@@ -237,7 +233,7 @@ class Run:
             self._bodies -= 1
             self._loops.end(place, is_exhausted=is_exhausted)
             if self._boundary is None:
-                self._boundary = self._checkpointer.boundary()
+                self._boundary = self._mark()
 
     def enumerate(self, loader: "DataLoader[T]") -> Iterator[tuple[int, T]]:
         """Yield what `batches` does, each with its number in the epoch, from 0, which goes on after a restart. As `batches`."""
@@ -269,7 +265,7 @@ class Run:
         """
         self._loops.stay()
         if not self._finished and self._loops.is_between_batches:
-            self._act()
+            self._act(cuts=self._loops.is_within_body)
 
     def log(self, **values: Any) -> None:
         """Record values of the step in progress (numbers or one-element tensors) in metrics.jsonl; rank 0's count.
@@ -280,9 +276,7 @@ class Run:
         Raises:
             UsageError: a value is no number, or more than one.
         """
-        for name, value in values.items():
-            if not isinstance(value, int | float | str) and math.prod(getattr(value, "shape", (0,))) != 1:
-                raise UsageError(f"run.log({name}=…): a {type(value).__name__} is no number, or more than one; log its mean, say")
+        refuse_many(values)
         if self._recorder is not None and not self._loops.is_repeating:
             self._recorder.log(self._epoch, self.global_step, values)
 
@@ -353,15 +347,17 @@ class Run:
             self._act(position)
         self._epoch += 1
 
-    def _act(self, position: Position | None = None, due: Literal["every_steps"] | None = None, *, waits: bool = False) -> None:
+    def _act(
+        self, position: Position | None = None, due: Literal["every_steps"] | None = None, *, waits: bool = False, cuts: bool = False
+    ) -> None:
         """Count a tick of the agreement and do what all ranks have to do now, if anything; where it `waits`, at the next occasion."""
         if self._due != "stop":
             wish = self._attempt.tick()
             self._due = "stop" if wish == "stop" else "every_minutes" if wish == "save" else due or self._due
         if not waits:
-            self._carry_out(position)
+            self._carry_out(position, cuts=cuts)
 
-    def _carry_out(self, position: Position | None = None) -> None:
+    def _carry_out(self, position: Position | None = None, *, cuts: bool = False) -> None:
         """Do what is due, unless the state behind the last step cannot be saved any more: then later. Every rank must call it."""
         if self._due is None:
             if self._recorder is not None and self._recorder.is_due:
@@ -369,7 +365,7 @@ class Run:
         elif not self._is_disturbed():
             due, self._due = self._due, None
             if self._restored is not None:  # else there is nothing yet that the newest checkpoint does not hold
-                self._save(due, position)
+                self._save(due, position, cuts=cuts)
             if due == "stop":
                 self._attempt.stop(self.global_step)
 
@@ -391,9 +387,14 @@ class Run:
             how = "saved there; to go on, submit again"
         self._attempt.note(f"the training function has left its loop in epoch {self._epoch}, behind step {self.global_step}: {how}")
 
-    def _save(self, reason: str, position: Position | None = None) -> None:
+    def _save(self, reason: str, position: Position | None = None, *, cuts: bool = False) -> None:
         if self._recorder is not None:
             self._recorder.flush(self._epoch, self.global_step, durable=True)
+        lines = self._attempt.lines(self._epoch, self.global_step) if self._boundary is None else self._boundary.lines
+        facts = {"lines": 0 if position else lines, "reasons": [*self._loops.reasons, *([CUT] if cuts else [])]}
         position = position or Position(self._epoch, self.global_step, epoch_finished=False)
-        self._checkpointer.save(position, self._metrics, self._loops, reason, self._boundary)
+        self._checkpointer.save(position, self._metrics, self._loops, reason, self._boundary, facts)
         self._attempt.note_saved()
+
+    def _mark(self) -> Boundary:
+        return self._checkpointer.boundary(self._attempt.lines(self._epoch, self.global_step))

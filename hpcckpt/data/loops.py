@@ -9,6 +9,13 @@ from hpcckpt.data.loader import BatchSize
 from hpcckpt.data.place import Place
 from hpcckpt.data.stream import StreamPlace
 
+# Why a checkpoint within an epoch is not exact, as far as the run that takes it can tell.
+NESTED = (
+    "steps are made in a loop within the body of another one, whose batch counts as trained on from the first of them: after a restart "
+    "the rest of the inner loop is left out; make one loop of them"
+)
+CUT = "saved at a run.poll in the body of a loop with steps: what is left of that body is not run after a restart"
+
 
 class Loops:
     """The loaders of a run, in order of creation. A checkpoint's position is that of the last step, wherever it is saved."""
@@ -16,6 +23,10 @@ class Loops:
     def __init__(self) -> None:
         self._loaders: list[tuple[DataLoader[Any], Place]] = []
         self._sizes: list[BatchSize] = []
+        # Of a loop that began in another one's body, those it is in.
+        self._around: dict[Place, list[Place]] = {}
+        # Why this epoch cannot be gone on with exactly.
+        self._reasons: list[str] = []
         # Steps of this epoch that were made in no loop.
         self._unplaced_steps = 0
         # Those whose loops are being run, the outermost first.
@@ -66,6 +77,7 @@ class Loops:
     def begin(self, place: Place, epoch: int) -> bool:
         """Note that a loop begins; returns whether it is the one in which the restored checkpoint's last step was made."""
         is_goal = place.begin(epoch, is_within=bool(self._running))
+        self._around[place] = [other for other in self._running if other.in_progress]
         self.stay()
         self._running.append(place)
         resumes = is_goal and self._resuming == place.number
@@ -88,9 +100,21 @@ class Loops:
             place.step()
         if moved:
             self._last = moved[0].number
+            if any(outer.trains and outer not in moved for outer in self._around.get(moved[0], ())):
+                self._reasons = [NESTED]
         elif not self._running:
             self._last = None
             self._unplaced_steps += 1
+
+    @property
+    def is_within_body(self) -> bool:
+        """Whether what is run now is in the body of a loop in which steps are made."""
+        return any(place.trains for place in self._running)
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why a checkpoint of this epoch cannot be gone on with exactly."""
+        return self._reasons.copy()
 
     def stay(self) -> None:
         """Note that something followed the loops that were left: see `Place.stay`."""
@@ -108,6 +132,8 @@ class Loops:
         self._unplaced_steps = 0
         self._restored = (0, {})
         self._running.clear()
+        self._around.clear()
+        self._reasons.clear()
         for place in self.places:
             place.forget()
 

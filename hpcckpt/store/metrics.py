@@ -42,12 +42,13 @@ class MetricsFile:
         """Return the lines of the file that have a place in the run, oldest first."""
         return [line for _, line in self._read() if line is not None and _place(line) is not None]
 
-    def cut_back(self, epoch: int, step: int) -> int:
+    def cut_back(self, epoch: int, step: int, lines: int = 0) -> int:
         """Drop what lies behind a restored position and return how many lines went.
 
         All epochs before `epoch` are finished, and `step` optimizer steps are done. What belongs to a finished epoch stays,
         whatever its step: a log within the evaluation behind the last step has the next one's. In `epoch` itself a log stays if
-        its step is done, and a report if a step was done behind it, since what is behind the restored step is done again.
+        its step is done, and a report if a step was done behind it, since what is behind the restored step is done again; but
+        for the first `lines` of those behind it, which were given before the checkpoint was taken, and will not be again.
 
         A line that is no JSON object was cut off by a crash and goes; an object without a place is somebody else's and stays.
 
@@ -57,8 +58,10 @@ class MetricsFile:
         self._pending.clear()
         kept, gone = [], 0
         for raw, line in self._read():
-            if line is not None and _stays(line, epoch, step):
+            is_behind = line is not None and _is_behind(line, epoch, step)
+            if line is not None and (_stays(line, epoch, step) or (is_behind and lines > 0)):
                 kept.append(raw + b"\n")
+                lines -= is_behind
             else:
                 gone += 1
         if gone:
@@ -87,6 +90,11 @@ def _place(line: dict[str, Any]) -> tuple[int, int] | None:
 def _is_count(value: Any) -> TypeGuard[int]:
     # No bool, which is an int, and none that no file of a curve could hold.
     return type(value) is int and 0 <= value < 2**63
+
+
+def _is_behind(line: dict[str, Any], epoch: int, step: int) -> bool:
+    """Whether it was given behind the last one of `step` steps and before the next."""
+    return _place(line) == (epoch, step + (line.get("kind") == "log"))
 
 
 def _stays(line: dict[str, Any], epoch: int, step: int) -> bool:

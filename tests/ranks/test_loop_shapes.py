@@ -33,6 +33,8 @@ SHAPES = {
     "Cycle": "a second loader that begins anew within an epoch",
     "CycleKept": "the same, with an iterator that outlives its epoch",
     "EvaluateBeforeStep": "an evaluation between a batch and its step",
+    "EvaluateWithinQuiet": "an evaluation behind a step in the loop's body",
+    "Numbered": "batches that are numbered",
     "Sampler": "a sampler with replacement",
     "Batches": "a batch sampler",
     "Iterable": "an iterable dataset and another loader by turns",
@@ -76,7 +78,7 @@ def test_a_stop_in_the_very_step_before_a_break_does_not_lose_the_break(runs, sh
 
 
 @pytest.mark.parametrize(
-    ("shape", "world"), [("EvaluateFirst", 1), ("Alternating", 1), ("Break", 1), ("IterableTwice", 1), ("Evaluate", 2)]
+    ("shape", "world"), [("EvaluateFirst", 1), ("EvaluateWithinQuiet", 1), ("Alternating", 1), ("Break", 1), ("Evaluate", 2)]
 )
 def test_kills_cost_what_was_behind_the_last_checkpoint_and_nothing_else(runs, shape, world):
     arguments = (f"args.shape={shape}", "checkpoint.every_steps=2")
@@ -111,6 +113,19 @@ def test_a_restart_says_that_steps_were_made_outside_of_any_loop(runs, shape):
     made = runs.run(f"{shape} told", 1, f"args.shape={shape}", stops=["step 17"])
     assert "steps of this epoch were made outside of run.batches" in made.outputs[1]
     assert "NOT bit-exact from here on" in made.outputs[1]
+
+
+@pytest.mark.parametrize(
+    ("shape", "stop", "reason"),
+    [
+        ("Nested", "step 5", "steps are made in a loop within the body of another one"),
+        ("EvaluateWithin", "poll 0.2", "saved at a run.poll in the body of a loop with steps"),
+    ],
+)
+def test_a_restart_says_what_of_the_loops_was_cut(runs, shape, stop, reason):
+    made = runs.run(f"{shape} told", 1, f"args.shape={shape}", stops=[stop])
+    assert f"NOT bit-exact from here on: {reason}" in made.outputs[1]
+    assert "NOT bit-exact" not in made.outputs[0]
 
 
 def test_a_stop_in_a_warm_up_of_a_later_attempt_loses_nothing(runs):

@@ -364,6 +364,24 @@ class EvaluateWithin(Training):
                 self.evaluate()
 
 
+class EvaluateWithinQuiet(EvaluateWithin):
+    """The same, where no stop can fall in it."""
+
+    def poll(self):
+        if self.polls >= 100:
+            super().poll()
+        self.polls += 1
+
+
+class Numbered(Training):
+    """A rate that depends on how many batches of the epoch came before."""
+
+    def body(self):
+        for number, (x,) in self.run.enumerate(self.train):
+            self.optimizer.param_groups[0]["lr"] = 0.1 / (1 + number)
+            self.step("train", x)
+
+
 class EvaluateBeforeStep(Training):
     """An evaluation between a batch and its step."""
 
