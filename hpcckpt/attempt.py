@@ -109,6 +109,13 @@ class Attempt:
         for line in () if exactness is None else exactness.lines():
             print(f"hpcckpt: {line}", flush=True)
 
+    def start(self, total_epochs: int, epoch: int) -> None:
+        """Note that the loop over epochs begins, at `epoch`."""
+        if self.recorder is not None:
+            self.recorder.start(total_epochs)
+        if epoch >= total_epochs:
+            self.note(f"all {total_epochs} epochs are done already; to go on, ask for more")
+
     def finish(self, kind: str, epoch: int, step: int, **facts: object) -> None:
         """End in order; `kind` is the ledger's word for it. Every rank must call it."""
         self.is_over = True
@@ -116,6 +123,7 @@ class Attempt:
         if self.recorder is not None:  # behind the barrier: now all ranks are through
             self.recorder.flush(epoch, step)
             self.ledger.append(kind, epoch=epoch, step=step, **facts)
+            print(f"hpcckpt: {kind}: {step} steps in {self._layout.root}", flush=True)
             self.store.release()
             # The last: a service that draws curves may take its time.
             self.recorder.close(finished=kind == "finished")

@@ -184,8 +184,7 @@ class Run:
             CheckpointCorruptError, CheckpointMismatchError, CheckpointSaveError: on every rank.
         """
         self._restore()
-        if self._recorder is not None:
-            self._recorder.start(total)
+        self._attempt.start(total, self._epoch)
         while self._epoch < total:
             self._boundary = self._mark()
             yield self._epoch

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from hpcckpt.layout import RunLayout
-from hpcckpt.policy import Retention
+from hpcckpt.policy import Retention, outcome
 from hpcckpt.store.checkpoints import CheckpointStore
 
 SCRIPT = str(Path(__file__).parents[1] / "scripts" / "exact.py")
@@ -144,3 +144,13 @@ def test_a_second_run_in_the_same_directory_is_refused_on_all_ranks_and_the_firs
     assert ranks.finish(first).codes == [0, 0]
     assert ranks.run([SCRIPT, str(whole)], 2).codes == [0, 0]
     same_state(whole, folder)
+
+
+def test_a_module_that_cannot_be_imported_where_the_job_runs_is_in_the_ledger(ranks, environ, tmp_path):
+    (tmp_path / "broken_here.py").write_text("import a_package_that_the_login_node_has\n")
+    (tmp_path / "config.yaml").write_text("entrypoint: broken_here:main\n")
+    code = f"from hpcckpt.task import RankTask; RankTask({str(tmp_path)!r})()"
+    attempt = ranks.finish(ranks.start(["-c", code], 1, {"PYTHONPATH": f"{tmp_path}:{environ()['PYTHONPATH']}"}))
+    assert attempt.codes == [1]
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert outcome(events) == ("unfinished", "rank 0 failed: ModuleNotFoundError: No module named 'a_package_that_the_login_node_has'")
