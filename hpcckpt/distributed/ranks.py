@@ -4,6 +4,7 @@ Each method that says "every rank must call it" is a collective: all ranks, the 
 CPU whatever the training uses, so that they neither disturb NCCL's streams nor need a GPU.
 """
 
+import ctypes
 import os
 import pickle
 from collections.abc import Callable
@@ -160,7 +161,17 @@ class Ranks(Collectives):
             self._open = False
             # Rank 0 serves the store: it goes last.
             self.barrier()
+            _keep_for_ever(dist.group.WORLD)
             dist.destroy_process_group()
+
+
+def _keep_for_ever(group: object) -> None:
+    """Never free a process group, which the end of the process does anyhow.
+
+    Its last owner waits for its threads. Where that is a DDP model it waits with the interpreter's lock, which such a thread may need to
+    drop a tensor of the last collective: neither goes on. (torch 2.13; seen in one of about ten stops on a busy machine.)
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, BaseException | None]:

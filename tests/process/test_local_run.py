@@ -40,7 +40,7 @@ class LocalRun:
     def submit(self, *settings: str, **extra: str) -> subprocess.CompletedProcess[str]:
         """Submit and watch to the end."""
         watcher = self.start(*settings, **extra)
-        out, err = watcher.communicate(timeout=150)
+        out, err = watcher.communicate(timeout=240)
         return subprocess.CompletedProcess(watcher.args, watcher.returncode, out, err)
 
     def events(self, kind: str = "") -> list[dict[str, object]]:
