@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from support.faults import CHAOS, scaled
-from support.forked_ranks import ForkedRanks
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "matrix.py"
 pytestmark = pytest.mark.timeout(scaled(300, 3000))
@@ -140,16 +139,6 @@ def places_behind(stopped, places):
 def places_to_stop_at(places, world):
     """Return all that a stop can be made to fall at: behind the last epoch none does, and several ranks pass their first place."""
     return [place for place in places[:-1] if world == 1 or not place.startswith("begin")]
-
-
-@pytest.fixture(scope="module")
-def forked_ranks(environ):
-    server = ForkedRanks(environ())
-    try:
-        server.wait_until_ready()
-        yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture(scope="module")
