@@ -67,7 +67,7 @@ def opened(consumed: int) -> None:
     loader, place, _ = make_loader(Range(), Share(0, 1, 0, 0), batch_size=BATCH_SIZE, shuffle=True)
     if consumed:
         place.restore(3, {"consumed": consumed, "num_samples": SAMPLES})
-    place.begin(3)
+    place.begin(place.create(3))
     next(iter(loader))
 
 
@@ -89,7 +89,7 @@ def memory() -> dict[str, float]:
     loader, place, _ = make_loader(Range(), Share(0, 1, 0, 0), batch_size=BATCH_SIZE, shuffle=True, num_workers=3)
     gc.collect()
     before = psutil.Process().memory_full_info().uss
-    place.begin(0)
+    place.begin(place.create(0))
     held = psutil.Process().memory_full_info().uss - before
     batches = iter(loader)
     for _ in range(20):

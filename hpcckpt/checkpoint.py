@@ -159,16 +159,18 @@ class Checkpointer:
         self._here = here
         self._given: dict[str, Any] = {}
         self._origin: Origin | None = None
-        # Position and metrics: more may be known of a state than when it was saved first.
-        self._newest: tuple[Position, dict[str, float]] | None = None
+        # Position, metrics and places: of one step's state more may be known later than when it was saved first.
+        self._newest: tuple[Position, dict[str, float], dict[str, Any]] | None = None
 
     def boundary(self, lines: int) -> Boundary:
         """Return a copy of what may change between here and the next training step."""
-        return Boundary(rng_state(), self._tracked.small_state(), marked(self._tracked.named_modules()), lines)
+        # Rank 0's modules are those that are saved.
+        mark = marked(self._tracked.named_modules()) if self._ranks.is_main else {}
+        return Boundary(rng_state(), self._tracked.small_state(), mark, lines)
 
     def changed_since(self, boundary: Boundary) -> tuple[str, ...]:
-        """Return what has changed since then that the boundary has no copy of, on any rank. Every rank must call it."""
-        return per_rank(self._ranks.collect(lambda: changed_since(boundary.mark, self._tracked.named_modules())))
+        """Return what has changed on rank 0 since then that the boundary has no copy of. Every rank must call it."""
+        return self._ranks.from_main(lambda: tuple(changed_since(boundary.mark, self._tracked.named_modules())))
 
     def save(
         self,
@@ -186,8 +188,10 @@ class Checkpointer:
         Raises:
             CheckpointSaveError, FencedError: on every rank; everything older is intact.
         """
-        # Metrics are those of rank 0, which need not be the others'.
-        if self._ranks.broadcast(self._newest == (position, metrics)):
+        data_state = {**loops.data_state(position.epoch), **(facts or {})}
+        coming = position, dict(metrics), _where(data_state)
+        # Metrics and facts are those of rank 0, which need not be the others'.
+        if self._ranks.broadcast(self._newest == coming):
             return
         of_ranks = self._ranks.collect(
             lambda: (
@@ -196,7 +200,6 @@ class Checkpointer:
                 portable(loops.streams(position.epoch), "the loaders' iterable datasets"),
             )
         )
-        data_state = {**loops.data_state(position.epoch), **(facts or {})}
         for number, loader in data_state["loaders"].items():
             if number in of_ranks[0][2]:
                 loader[STATES] = [streams[number] for _, _, streams in of_ranks]
@@ -213,7 +216,7 @@ class Checkpointer:
                 hyperparameters=self._given,
             )
         )
-        self._newest = position, dict(metrics)
+        self._newest = coming
 
     def origin(self) -> Origin:
         """Return what this attempt goes on from; decided at the first call, by rank 0, which verifies it.
@@ -267,7 +270,7 @@ class Checkpointer:
         place = place_in(content, path)
         self._tracked.load(content)
         if path.parent == self._layout.checkpoints:
-            self._newest = place.position, place.metrics
+            self._newest = place.position, place.metrics, _where(content["data_state"])
         small = self._tracked.small_state()
         put_generators_back = self._generators(content)
         mark = marked(self._tracked.named_modules())
@@ -300,8 +303,7 @@ class Checkpointer:
             if has_varying_buckets(module)
         ]
         differs += loops.resized(place.batch_sizes)
-        if not place.position.epoch_finished:
-            differs += place.reasons
+        differs += place.reasons
         if place.unplaced_steps and not place.position.epoch_finished:
             differs.append(f"{place.unplaced_steps} steps of this epoch were made outside of run.batches: the script makes them again")
         generators = "generators" if ranks == 1 else f"generators of {ranks} ranks"
@@ -324,6 +326,12 @@ class Checkpointer:
             return lambda: set_rng_state(mine)
         seed = derive_seed(self._seed, "rank", self._ranks.rank, content["step"])
         return lambda: seed_all(seed)
+
+
+def _where(data_state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a data state tells two checkpoints of one step apart, without the streams' own states."""
+    loaders = {number: {key: value for key, value in loader.items() if key != STATES} for number, loader in data_state["loaders"].items()}
+    return {"loaders": loaders, **{key: data_state.get(key) for key in ("last_loader", "lines", "reasons")}}
 
 
 def _in_kinds(conditions: list[dict[str, Any]]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hpcckpt.curves import Curve, TensorBoard, WeightsAndBiases
 from hpcckpt.errors import UsageError
 from hpcckpt.layout import RunLayout
@@ -87,7 +89,9 @@ class Recorder:
         """Keep values of the step in progress; nothing is written or waited for here."""
         self._count(epoch, step_done)
         self._step = step_done
-        self._file.add("log", epoch, step_done + 1, dict(values))
+        # Copies, which are not waited for either: a running sum goes on, and a tensor may hold on to the whole step's memory.
+        copies = {name: value.detach().clone() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+        self._file.add("log", epoch, step_done + 1, copies)
 
     def report(self, epoch: int, step_done: int, values: Mapping[str, Any]) -> None:
         """Keep metrics of the state behind `step_done` steps; nothing is written or waited for here."""

@@ -21,8 +21,8 @@ from hpcckpt import policy
 from hpcckpt.attempt import Attempt
 from hpcckpt.checkpoint import Boundary, Checkpointer, plain_metrics
 from hpcckpt.config import RunConfig
-from hpcckpt.data import CUT, Loops, Share, make_loader
-from hpcckpt.distributed import Ranks, choose_device, fix_bucket_order, share_buffers
+from hpcckpt.data import Loop, Loops, Place, Share, make_loader
+from hpcckpt.distributed import Ranks, choose_device, fix_bucket_order
 from hpcckpt.environment import TaskEnvironment
 from hpcckpt.errors import UsageError
 from hpcckpt.layout import RunLayout
@@ -80,17 +80,17 @@ class Run:
         store, ledger = self._attempt.store, self._attempt.ledger
         here = partial(conditions, self.device, config.seed, task.num_nodes)
         self._checkpointer = Checkpointer(self._ranks, layout, store, ledger, self._tracked, config.seed, here)
-        self._loops = Loops()
+        self._loops = Loops(self._ranks)
         self._restored: Restored | None = None
         self._epoch = 0
         self.global_step = 0
         self._metrics: dict[str, float] = {}
         # Taken where an epoch begins and where its batches end, for as long as no step follows.
         self._boundary: Boundary | None = None
-        # What all ranks have agreed to do next; and how many loops over batches are being run.
+        # What all ranks have agreed to do next.
         self._due: Literal["stop", "every_minutes", "every_steps"] | None = None
-        self._bodies = 0
         self._finished = False
+        self._outer_error = sys.exception()  # handled where the Run is made, so none of its own
         # The same initial weights on every rank and attempt.
         seed_all(config.seed)
 
@@ -150,8 +150,7 @@ class Run:
             dataset, share, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, saved_size=saved, **arguments
         )
         self._loops.add(loader, place, size)
-        note = size.note(share.number, self.world_size)
-        if note is not None:
+        if (note := size.note(share.number, self.world_size)) is not None:
             self._attempt.note(note)
         return loader
 
@@ -161,7 +160,7 @@ class Run:
         Every rank must call it. `log_dir` is <run_dir>/tensorboard; further arguments are SummaryWriter's.
 
         Raises:
-            UsageError: the tensorboard package is missing, or an argument would break the curve.
+            UsageError: the package is missing, or an argument would break the curve.
         """
         return self._attempt.attached(self._checkpointer.origin(), lambda recorder: recorder.tensorboard(log_dir, **arguments))
 
@@ -175,9 +174,8 @@ class Run:
     def epochs(self, total: int) -> Iterator[int]:
         """Yield the epochs that are left of 0 … total-1; restore before the first, save at the end of each.
 
-        Every rank must iterate over it, once. A run that is over goes on where `total` has grown, and ends at once where it has
-        not. Leaving the loop by `break` or `return` ends the run there: the last step is saved, and another submission goes on
-        behind it.
+        Every rank must iterate over it, once. A run that is over goes on where `total` has grown, else it ends at once. Leaving the
+        loop by `break` or `return` ends the run there: the last step is saved, and another submission goes on behind it.
 
         Raises:
             UsageError: nothing is tracked, or called twice.
@@ -202,15 +200,16 @@ class Run:
             UsageError: the loader was not made by `run.loader`, or there is no epoch yet.
             CheckpointMismatchError: the data is not what it was when the epoch was interrupted.
         """
-        place = self._loops.place_of(loader)
-        if place is None:
-            raise UsageError("run.batches: this DataLoader was not made by run.loader, so its position is unknown; make it with run.loader")
         if self._restored is None:
             raise UsageError("run.batches: call it inside of `for epoch in run.epochs(…)`")
-        if self._loops.begin(place, self._epoch):
+        # At the call, which tells what the loop is in; it begins where the first batch is asked for.
+        return self._iterate(loader, *self._loops.create(loader, self._epoch))
+
+    def _iterate(self, loader: "DataLoader[T]", place: Place, loop: Loop) -> Iterator[T]:
+        self._tracked.share_buffers()
+        if self._loops.begin(place, loop, self._epoch) and self._restored is not None:
             self._restored.put_back()
             self._boundary = self._mark()
-        self._bodies += 1
         is_exhausted = False
         try:
             if not place.is_skipped:
@@ -220,27 +219,27 @@ class Run:
                 for batch in iterator:
                     place.advance()
                     yield batch
+                    self._loops.refuse_if_over(place, loop)
                     if not place.in_progress and self._loops.is_between_batches:
                         # Not before: what follows the step, a break or a return above all, is not run again.
-                        self._boundary = None
-                        self._carry_out()
+                        self._boundary = None if self._loops.leads == [place] else self._boundary
+                        self._carry_out(waits=self._loops.waits(place))
             is_exhausted = True
-            if place.trains:
-                for module in self._tracked.modules():
-                    share_buffers(module)
         finally:  # a break ends it too
-            self._bodies -= 1
-            self._loops.end(place, is_exhausted=is_exhausted)
-            if self._boundary is None:
-                self._boundary = self._mark()
+            if place.loop is loop:
+                if self._loops.end(place, is_exhausted=is_exhausted) or (self._boundary is None and not self._loops.leads):
+                    self._boundary = self._mark()
+                if place.trains:
+                    self._tracked.note_trained()
+        if is_exhausted:
+            self._tracked.share_buffers()
 
     def enumerate(self, loader: "DataLoader[T]") -> Iterator[tuple[int, T]]:
-        """Yield what `batches` does, each with its number in the epoch, from 0, which goes on after a restart. As `batches`."""
-        for batch in self.batches(loader):
-            yield self._loops.batch_of(loader), batch
+        """Yield what `batches` does, each with its number in the epoch, from 0, which goes on after a restart."""
+        return ((self._loops.place_of(loader).batch, batch) for batch in self.batches(loader))
 
     def step(self) -> None:
-        """Say that one optimizer step is done; the last statement of the loop's body. Every rank must call it.
+        """Say that one optimizer step is done. Every rank must call it.
 
         A save, or a save and the end by SystemExit, may follow where the next batch is asked for. Costs microseconds otherwise.
 
@@ -254,17 +253,18 @@ class Run:
         self._boundary = None
         self._loops.step()
         due = policy.is_step_due(self.global_step, self._config.checkpoint.every_steps)
-        self._act(due="every_steps" if due else None, waits=self._bodies > 0)
+        self._act(due="every_steps" if due else None, waits=None if self._loops.waits() is None else "")
 
     def poll(self) -> None:
         """Give a stop the chance to happen in a long loop without training steps. Every rank must call it equally often.
 
-        A stop here saves the state behind the last training step; an evaluation begins again after the restart. Between a
-        batch and its `step` nothing happens: what was done with that batch is not counted yet.
+        A stop here saves the state behind the last training step; an evaluation begins again after the restart. In the body of a loop
+        with steps it waits for the next batch; between a batch and its `step` nothing happens.
         """
         self._loops.stay()
         if not self._finished and self._loops.is_between_batches:
-            self._act(cuts=self._loops.is_within_body)
+            self._tracked.share_buffers()
+            self._act(waits=self._loops.waits())
 
     def log(self, **values: Any) -> None:
         """Record values of the step in progress (numbers or one-element tensors) in metrics.jsonl; rank 0's count.
@@ -297,18 +297,20 @@ class Run:
     def close(self) -> None:
         """Leave the other ranks in order; harmless when called twice. Every rank must call it.
 
-        Within the loop over epochs it is the end of the run, as `break` is; while an exception is on its way, it is no more than that
-        exception's end.
+        Within the loop over epochs it is the end of the run, as `break` is; while an exception is on its way, that exception's.
         """
         if self._attempt.is_over:
             return
         error = sys.exception()
-        if error is not None and not self._finished:
+        if error is not None and error is not self._outer_error and not self._finished:
             self._attempt.fail(error, self._epoch, self.global_step)
             return
-        is_early = self._restored is not None and not self._finished
-        if is_early:
-            self._leave_early()
+        try:
+            if is_early := self._restored is not None and not self._finished:
+                self._leave_early()
+        except BaseException as failure:
+            self._attempt.fail(failure, self._epoch, self.global_step)
+            raise
         kind = "left" if self._restored is None else "finished"
         self._attempt.finish(kind, self._epoch, self.global_step, **({"early": True} if is_early else {}))
 
@@ -328,8 +330,7 @@ class Run:
             raise UsageError("run.epochs: nothing is tracked, so nothing would be saved; call run.track(model=…, optimizer=…) before")
         self._attempt.recording(self._checkpointer.origin())
         self._restored = restored = self._checkpointer.restore(self._loops)
-        origin, place = restored.origin, restored.place
-        self._epoch, self.global_step = origin.epoch, origin.step
+        place, self._epoch, self.global_step = restored.place, restored.origin.epoch, restored.origin.step
         if place is not None and not place.position.epoch_finished:
             self._metrics = dict(place.metrics)
             self._loops.restore(self._epoch, place.loaders, place.last_loader, place.unplaced_steps)
@@ -338,6 +339,7 @@ class Run:
 
     def _end_epoch(self, *, is_last: bool) -> None:
         self._boundary = None
+        self._tracked.share_buffers()
         self._loops.end_epoch()
         position = Position(self._epoch, self.global_step, epoch_finished=True)
         if policy.is_epoch_due(self._epoch, self._config.checkpoint.every_epochs, is_last=is_last):
@@ -346,53 +348,52 @@ class Run:
             self._act(position)
         self._epoch += 1
 
-    def _act(
-        self, position: Position | None = None, due: Literal["every_steps"] | None = None, *, waits: bool = False, cuts: bool = False
-    ) -> None:
-        """Count a tick of the agreement and do what all ranks have to do now, if anything; where it `waits`, at the next occasion."""
+    def _act(self, position: Position | None = None, due: Literal["every_steps"] | None = None, waits: str | None = None) -> None:
+        """Count a tick of the agreement and do what all ranks have to do now, if anything."""
         if self._due != "stop":
             wish = self._attempt.tick()
             self._due = "stop" if wish == "stop" else "every_minutes" if wish == "save" else due or self._due
-        if not waits:
-            self._carry_out(position, cuts=cuts)
+        self._carry_out(position, waits)
 
-    def _carry_out(self, position: Position | None = None, *, cuts: bool = False) -> None:
-        """Do what is due, unless the state behind the last step cannot be saved any more: then later. Every rank must call it."""
-        if self._due is None:
+    def _carry_out(self, position: Position | None = None, waits: str | None = None) -> None:
+        """Do what is due, unless it has to wait, and be it that the state behind the last step is no more. Every rank must call it."""
+        if waits is not None or self._due is None:
+            if waits and self._due == "stop":
+                self._attempt.note(waits)
             if self._recorder is not None and self._recorder.is_due:
                 self._recorder.flush(self._epoch, self.global_step)
         elif not self._is_disturbed():
             due, self._due = self._due, None
             if self._restored is not None:  # else there is nothing yet that the newest checkpoint does not hold
-                self._save(due, position, cuts=cuts)
+                self._save(due, position)
             if due == "stop":
                 self._attempt.stop(self.global_step)
 
     def _is_disturbed(self) -> bool:
         """Whether the state behind the last step cannot be saved any more. Every rank must call it."""
-        changed = () if self._boundary is None else self._checkpointer.changed_since(self._boundary)
-        if changed:
+        if changed := () if self._boundary is None else self._checkpointer.changed_since(self._boundary):
             self._attempt.note(f"{', '.join(changed)}: changed behind the last step, so a stop waits for the next one or the epoch's end")
         return bool(changed)
 
     def _leave_early(self) -> None:
         """Save where the script has left the loop over epochs, if nothing has changed since the last step. Every rank must call it."""
         self._loops.go_back()
-        disturbed = ("the state",) if self._boundary is None else self._checkpointer.changed_since(self._boundary)
-        if disturbed:
-            how = f"not saved, because of {', '.join(disturbed)}, which changed behind the last step in a loop over run.batches"
+        how = "saved there; to go on, submit again"
+        if self._boundary is None:
+            how = "not saved, since its loop is kept in a variable, or is none over run.batches: nobody knows what has changed since"
+        elif changed := self._checkpointer.changed_since(self._boundary):
+            how = f"not saved, because of {', '.join(changed)}, which changed since"
         else:
             self._save("left")
-            how = "saved there; to go on, submit again"
         self._attempt.note(f"the training function has left its loop in epoch {self._epoch}, behind step {self.global_step}: {how}")
 
-    def _save(self, reason: str, position: Position | None = None, *, cuts: bool = False) -> None:
+    def _save(self, reason: str, position: Position | None = None) -> None:
         if self._recorder is not None:
             self._recorder.flush(self._epoch, self.global_step, durable=True)
         lines = self._attempt.lines(self._epoch, self.global_step) if self._boundary is None else self._boundary.lines
-        facts = {"lines": 0 if position else lines, "reasons": [*self._loops.reasons, *([CUT] if cuts else [])]}
-        position = position or Position(self._epoch, self.global_step, epoch_finished=False)
-        self._checkpointer.save(position, self._metrics, self._loops, reason, self._boundary, facts)
+        facts = {"lines": 0 if position else lines, "reasons": self._loops.reasons(self._tracked.has_gradients)}
+        here = position or Position(self._epoch, self.global_step, epoch_finished=False)
+        self._checkpointer.save(here, self._metrics, self._loops, reason, self._boundary, facts)
         self._attempt.note_saved()
 
     def _mark(self) -> Boundary:

@@ -28,8 +28,6 @@ class Cursor(Place):
         self._seed = seed
         self._plan = EpochPlan(orders.num_units, world_size, batch_size, 0, drop_last)
         self._draws = 0
-        # Of an order that is the user's sampler's, a checksum: nobody else can say whether it comes out the same again.
-        self._digest: int | None = None
         self.generator = torch.Generator()
 
     def __len__(self) -> int:
@@ -42,6 +40,11 @@ class Cursor(Place):
         for batch in range(plan.num_batches):
             yield order.batch(plan.share(batch, self._rank), draws)
 
+    @property
+    def may_differ(self) -> bool:
+        """As `Place.may_differ`: of a sampler nobody else can say whether it gives the same again."""
+        return self._orders.may_vary
+
     def end(self, *, is_exhausted: bool = True) -> None:
         """As `Place.end`; the order's memory is given back, and whoever iterates without `run.batches` gets the whole of it."""
         super().end(is_exhausted=is_exhausted)
@@ -53,7 +56,7 @@ class Cursor(Place):
         self._draws = self._seed_for("samples")
         self._order = self._made()
         _refuse_too_few(self._order.num_units, self._orders, self._plan.world_size)
-        self._digest = self._order.digest() if self._orders.may_vary else None
+        self.digest = self._order.digest() if self._orders.may_vary else None
         self._plan = replace(self._plan, num_samples=self._order.num_units, start=0)
         if position is not None:
             self._fit(position)
@@ -65,8 +68,11 @@ class Cursor(Place):
     def _over(self) -> dict[str, Any]:
         return self._at(self._plan.num_samples)
 
+    def _is_end(self, position: Mapping[str, Any]) -> bool:
+        return bool(position["is_over"]) or self._behind(position["consumed"]).num_batches == 0
+
     def _at(self, consumed: int) -> dict[str, Any]:
-        order = {} if self._digest is None else {"order": self._digest}
+        order = {} if self.digest is None else {"order": self.digest}
         return {"consumed": consumed, "num_samples": self._plan.num_samples, **order}
 
     def _check(self, position: Mapping[str, Any]) -> None:
@@ -80,7 +86,7 @@ class Cursor(Place):
                 f"the dataset of loader {self.number} has {now} {self._orders.unit}, but had {then} "
                 "when the epoch was interrupted: bring back the former data, or go on from the end of an epoch (resume.epoch=…)"
             )
-        if self._digest is not None and position.get("order", self._digest) != self._digest:
+        if self.digest is not None and position.get("order", self.digest) != self.digest:
             raise CheckpointMismatchError(
                 f"the sampler of loader {self.number} gives another order than when the epoch was interrupted: let it draw from the "
                 "global generators or from a torch.Generator called `generator`, or go on from the end of an epoch (resume.epoch=…)"

@@ -1,6 +1,7 @@
 """`run.loader`: a DataLoader whose place in the epoch is known, of this rank's share, with draws that do not depend on workers."""
 
 import functools
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -151,9 +152,13 @@ def _orders(dataset: Dataset[Any], sampler: Iterable[int] | None, batch_sampler:
 
 
 def _checked(batch_size: int | None, share: Share, saved: Mapping[str, int] | None) -> BatchSize:
-    if not isinstance(batch_size, int) or batch_size < 1:
+    try:
+        size = operator.index(batch_size) if batch_size is not None else 0  # NumPy has integers, too
+    except TypeError:
+        size = 0
+    if size < 1:
         raise UsageError(f"run.loader: batch_size={batch_size} must be a number, at least 1")
-    return BatchSize.kept(batch_size, share.world_size, saved)
+    return BatchSize.kept(size, share.world_size, saved)
 
 
 def _refuse(arguments: Mapping[str, Any]) -> None:

@@ -1,37 +1,49 @@
 """Which loops over loaders are being run, and where in them the last step was made."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from hpcckpt.data.loader import BatchSize
-from hpcckpt.data.place import Place
+from hpcckpt.data.place import Loop, Place
 from hpcckpt.data.stream import StreamPlace
+from hpcckpt.distributed import Collectives
+from hpcckpt.errors import UsageError
 
-# Why a checkpoint within an epoch is not exact, as far as the run that takes it can tell.
-NESTED = (
-    "steps are made in a loop within the body of another one, whose batch counts as trained on from the first of them: after a restart "
-    "the rest of the inner loop is left out; make one loop of them"
+# Why a checkpoint is not exact, as far as the run that takes it can tell.
+_LEFT_OVER = (
+    "batches came behind the last step of a loop: gradients that were accumulated from them begin anew, unless the script sets them to "
+    "zero before it adds to them"
 )
-CUT = "saved at a run.poll in the body of a loop with steps: what is left of that body is not run after a restart"
+
+_OVER = (
+    "run.batches: this loop is over, since its epoch is, or another one over the same loader has begun; call run.batches anew in each "
+    "epoch, and make two loaders for two loops at once"
+)
 
 
 class Loops:
-    """The loaders of a run, in order of creation. A checkpoint's position is that of the last step, wherever it is saved."""
+    """The loaders of a run, in order of creation. A checkpoint's position is that of the last step, wherever it is saved.
 
-    def __init__(self) -> None:
+    A restarted script comes from the beginning of the epoch to the first loop that is not over. So a run may stop where that one, the
+    lead, asks for its next batch, and where the script is in no body of a loop with steps.
+    """
+
+    def __init__(self, ranks: Collectives | None = None) -> None:
+        # Without them it is the only rank.
+        self._ranks = ranks
         self._loaders: list[tuple[DataLoader[Any], Place]] = []
         self._sizes: list[BatchSize] = []
-        # Of a loop that began in another one's body, those it is in.
-        self._around: dict[Place, list[Place]] = {}
-        # Why this epoch cannot be gone on with exactly.
-        self._reasons: list[str] = []
+        # Whether a loop with steps has ended behind batches that no step followed.
+        self._has_left_over = False
         # Steps of this epoch that were made in no loop.
         self._unplaced_steps = 0
-        # Those whose loops are being run, the outermost first.
+        # Those whose loops are being run, in the order in which they were begun.
         self._running: list[Place] = []
-        # The loader in whose loop the last step of this epoch was made.
+        # A loop that was left early, where nobody knows whether those that were begun since its last batch were in its body or behind it.
+        self._unclear: Place | None = None
+        # The loader in whose loop the last step of this epoch was made; of several, the lead.
         self._last: str | None = None
         # The same of the restored checkpoint, until that loop is entered.
         self._resuming: str | None = None
@@ -57,14 +69,16 @@ class Loops:
         self._sizes.append(size)
         self._put(place)
 
-    def place_of(self, loader: object) -> Place | None:
-        """Return the place of a loader; None if it is none of these."""
-        return next((place for known, place in self._loaders if known is loader), None)
+    def place_of(self, loader: object) -> Place:
+        """Return the place of a loader.
 
-    def batch_of(self, loader: object) -> int:
-        """Return the number of the batch that was handed out last by a loader of these; see `Place.batch`."""
-        place = self.place_of(loader)
-        return -1 if place is None else place.batch
+        Raises:
+            UsageError: it is none of these.
+        """
+        for known, place in self._loaders:
+            if known is loader:
+                return place
+        raise UsageError("run.batches: this DataLoader was not made by run.loader, so its position is unknown; make it with run.loader")
 
     def restore(self, epoch: int, loaders: Mapping[str, dict[str, Any]], last: str | None, unplaced_steps: int) -> None:
         """Put all loaders, also those that are yet to come, where a checkpoint within `epoch` has them."""
@@ -74,47 +88,98 @@ class Loops:
         for place in self.places:
             self._put(place)
 
-    def begin(self, place: Place, epoch: int) -> bool:
-        """Note that a loop begins; returns whether it is the one in which the restored checkpoint's last step was made."""
-        is_goal = place.begin(epoch, is_within=bool(self._running))
-        self._around[place] = [other for other in self._running if other.in_progress]
+    def create(self, loader: object, epoch: int) -> tuple[Place, Loop]:
+        """Return the place of a loader, and a new loop over it. Every rank must call it.
+
+        Raises:
+            UsageError: the loader is none of these.
+        """
+        place = self.place_of(loader)
+        return place, place.create(epoch, [other for other in self._running if other is not place])
+
+    def begin(self, place: Place, loop: Loop, epoch: int) -> bool:
+        """Note that a loop begins; returns whether it is the one in which the restored checkpoint's last step was made.
+
+        Every rank must call it.
+
+        Raises:
+            UsageError: its epoch is over; the ranks have samplers that give each another order.
+            CheckpointMismatchError: as `Place.begin`.
+        """
+        if loop.epoch != epoch:
+            raise UsageError(_OVER)
+        is_goal = self._begin(place, loop)
         self.stay()
-        self._running.append(place)
+        self._running = [*(other for other in self._running if other is not place), place]
         resumes = is_goal and self._resuming == place.number
         if resumes:
             self._resuming = None
         return resumes
 
-    def end(self, place: Place, *, is_exhausted: bool) -> None:
-        """Note that a loop is over; one that was not left before its epoch's end (an iterator kept in a variable) was over then."""
-        if place in self._running:
-            self._running.remove(place)
-            place.end(is_exhausted=is_exhausted)
+    def _begin(self, place: Place, loop: Loop) -> bool:
+        over = {other.number for other in self.places if other.is_resumed and other.loop is None}
+        if self._ranks is None or not place.may_differ:
+            return place.begin(loop, over)
+        begun = self._ranks.collect(lambda: (place.begin(loop, over), place.digest))
+        if len({digest for _, digest in begun}) > 1:
+            raise UsageError(
+                f"run.loader: the sampler of loader {place.number} gives another order on each rank, so samples would come twice or never: "
+                "let it draw from the global generators or from a torch.Generator called `generator`"
+            )
+        return begun[self._ranks.rank][0]
+
+    def refuse_if_over(self, place: Place, loop: Loop) -> None:
+        """Refuse to go on with an iterator that was kept beyond its loop.
+
+        Raises:
+            UsageError: the epoch has ended since, or another loop over the same loader has begun.
+        """
+        if place.loop is not loop:
+            raise UsageError(_OVER)
+
+    def end(self, place: Place, *, is_exhausted: bool) -> bool:
+        """Note that a loop is over; returns whether the state behind it is that behind the last step: it was its lead."""
+        is_lead = place.has_stepped and place.leads
+        if is_lead and not is_exhausted and any(other.began_in(place) for other in self.places):
+            self._unclear = place
+        self._has_left_over |= is_exhausted and place.has_stepped and place.in_progress
+        self._running.remove(place)
+        place.end(is_exhausted=is_exhausted)
+        return is_lead and not self.is_repeating
 
     def step(self) -> None:
         """Note an optimizer step in all loops that are being run."""
         self.stay()
+        self._has_left_over = False
         # An iterator that was left in a variable has a loop, but no part in the step.
         moved = [place for place in self._running if place.in_progress]
+        lead = next((place for place in self._running if place.trains or place in moved), None)
         for place in moved:
-            place.step()
-        if moved:
-            self._last = moved[0].number
-            if any(outer.trains and outer not in moved for outer in self._around.get(moved[0], ())):
-                self._reasons = [NESTED]
-        elif not self._running:
-            self._last = None
+            place.step(None if place is lead else lead)
+        self._last = None if lead is None else lead.number
+        if lead is None:
             self._unplaced_steps += 1
 
     @property
-    def is_within_body(self) -> bool:
-        """Whether what is run now is in the body of a loop in which steps are made."""
-        return any(place.trains for place in self._running)
+    def leads(self) -> list[Place]:
+        """The places in the bodies of whose loops the script is: a restart comes to where the first of them asks for a batch."""
+        return [place for place in self._running if place.leads]
 
-    @property
-    def reasons(self) -> list[str]:
-        """Why a checkpoint of this epoch cannot be gone on with exactly."""
-        return self._reasons.copy()
+    def waits(self, place: Place | None = None) -> str | None:
+        """Return why a run may not stop here, where this place asks for a batch, or none does; None where it may."""
+        if self._unclear is not None:
+            return (
+                f"a stop waits for the end of the epoch: the loop over loader {self._unclear.number} was left early, and nobody knows "
+                "whether the loops since its last batch were in its body or behind it"
+            )
+        leads = self.leads
+        if not leads or leads == [place]:
+            return None
+        return f"a stop waits for the next batch of loader {leads[0].number}, or the end of its loop, whose body this is"
+
+    def reasons(self, has_gradients: Callable[[], bool]) -> list[str]:
+        """Return why a checkpoint cannot be gone on with exactly; what costs time is asked for only where it matters."""
+        return [_LEFT_OVER] if self._has_left_over and has_gradients() else []
 
     def stay(self) -> None:
         """Note that something followed the loops that were left: see `Place.stay`."""
@@ -123,6 +188,8 @@ class Loops:
 
     def go_back(self) -> None:
         """Note that the run is left: see `Place.go_back`."""
+        if self._unclear is not None and self._unclear.is_left:
+            self._unclear = None
         for place in self.places:
             place.go_back()
 
@@ -132,8 +199,7 @@ class Loops:
         self._unplaced_steps = 0
         self._restored = (0, {})
         self._running.clear()
-        self._around.clear()
-        self._reasons.clear()
+        self._unclear = None
         for place in self.places:
             place.forget()
 

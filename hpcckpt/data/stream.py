@@ -78,13 +78,16 @@ class StreamPlace(Place):
             self._source.load_state_dict(copy.deepcopy(position[_MINE]))
 
     def _behind_step(self) -> dict[str, Any]:
-        return {"is_over": False, "num_workers": self._num_workers}
+        return {"num_workers": self._num_workers}
 
     def _over(self) -> dict[str, Any]:
-        return {"is_over": True, "num_workers": self._num_workers}
+        return {"num_workers": self._num_workers}
+
+    def _is_end(self, position: Mapping[str, Any]) -> bool:
+        return bool(position["is_over"])
 
     def _check(self, position: Mapping[str, Any]) -> None:
-        if position.get("is_over") is None:
+        if "num_workers" not in position:
             raise CheckpointMismatchError(
                 f"loader {self.number} has an iterable dataset, but had one with a length when the epoch was interrupted: bring it back, "
                 "or go on from the end of an epoch (resume.epoch=…)"

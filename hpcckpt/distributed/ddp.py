@@ -55,10 +55,19 @@ def share_buffers(module: nn.Module) -> None:
     """
     for part in module.modules():
         if isinstance(part, DistributedDataParallel) and part.broadcast_buffers and part.process_group.size() > 1:
-            ignored = part.parameters_to_ignore
-            for name, buffer in part.module.named_buffers():
-                if name not in ignored:
-                    dist.broadcast(buffer, dist.get_global_rank(part.process_group, 0), group=part.process_group)
+            named = part.module.named_buffers()
+            buffers = [buffer.detach() for name, buffer in named if name not in part.parameters_to_ignore and buffer.numel()]
+            kinds = dict.fromkeys((buffer.dtype, buffer.device) for buffer in buffers)
+            for kind in kinds:
+                _broadcast([buffer for buffer in buffers if (buffer.dtype, buffer.device) == kind], part.process_group)
+
+
+def _broadcast(tensors: list[torch.Tensor], group: dist.ProcessGroup) -> None:
+    # Through a dense copy: of a tensor with gaps gloo would write into them, and NCCL takes none.
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.broadcast(flat, dist.get_global_rank(group, 0), group=group)
+    for tensor, values in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(values.view(tensor.shape))
 
 
 def has_varying_buckets(module: nn.Module) -> bool:

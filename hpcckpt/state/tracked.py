@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from hpcckpt.distributed import is_sharded, local_state
+from hpcckpt.distributed import is_sharded, local_state, share_buffers
 from hpcckpt.errors import CheckpointMismatchError, CheckpointSaveError, HpcckptError, UsageError
 from hpcckpt.state.model import LoadReport, load_model_state, model_state, parameter_names, portable_names, wrapper_name
 from hpcckpt.state.optimizer import check_optimizer_state, is_sharded_optimizer, load_optimizer_state, optimizer_state
@@ -52,6 +52,7 @@ class Tracked:
 
     def __init__(self) -> None:
         self._objects: dict[str, Stateful] = {}
+        self._has_own_buffers = False
 
     def add(self, name: str, value: object) -> None:
         """Register an object.
@@ -93,6 +94,22 @@ class Tracked:
     def named_modules(self) -> dict[str, torch.nn.Module]:
         """Return the tracked modules by name."""
         return self._modules()
+
+    def note_trained(self) -> None:
+        """Note that there were training passes: since the last of them each rank has buffers of its own."""
+        self._has_own_buffers = True
+
+    def share_buffers(self) -> None:
+        """Give every rank rank 0's buffers, which a checkpoint has, if that is due. Every rank must call it, where none is unwinding."""
+        if self._has_own_buffers:
+            self._has_own_buffers = False
+            for module in self.modules():
+                share_buffers(module)
+
+    def has_gradients(self) -> bool:
+        """Return whether any parameter of the tracked modules has a gradient that is not zero."""
+        gradients = (parameter.grad for module in self._modules().values() for parameter in module.parameters())
+        return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
     def without_state(self) -> list[str]:
         """Return the names of those whose state_dict() has nothing in it, though they hold something that changes."""

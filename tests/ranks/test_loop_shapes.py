@@ -32,8 +32,16 @@ SHAPES = {
     "ZipOther": "two loaders in one loop, the shorter one first",
     "Cycle": "a second loader that begins anew within an epoch",
     "CycleKept": "the same, with an iterator that outlives its epoch",
+    "Nested": "a loop in the body of another one",
+    "NestedBehind": "a loop in the body of another one, behind its step",
+    "Turns": "steps by turns with batches of two loaders",
     "EvaluateBeforeStep": "an evaluation between a batch and its step",
     "EvaluateWithinQuiet": "an evaluation behind a step in the loop's body",
+    "EvaluateWithin": "the same, with polls in it",
+    "SwapWithin": "average weights in the model's place in such an evaluation",
+    "EvaluateAndBreak": "such an evaluation, and a break",
+    "Kept": "an iterator that is kept in a variable, and a break",
+    "KeptLate": "an iterator that is finalized within the next loop over its loader",
     "Numbered": "batches that are numbered",
     "Sampler": "a sampler with replacement",
     "Batches": "a batch sampler",
@@ -45,7 +53,7 @@ SHAPES = {
     "AverageFirst": "weights averaged where an epoch begins",
     "NormalizedAverage": "BatchNorm, and an average with statistics of its own",
 }
-ON_TWO_RANKS = ("Evaluate", "Alternating", "Break", "Cycle", "IterableTwice", "AverageOnMain", "AverageFirst", "NormalizedAverage")
+ON_TWO_RANKS = ("Evaluate", "Alternating", "Break", "Cycle", "Turns", "IterableTwice", "AverageOnMain", "AverageFirst", "NormalizedAverage")
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +65,9 @@ def runs(forked_ranks, tmp_path_factory, same_state):
 def stopped_everywhere(runs, shape, world):
     whole = runs.whole(world, f"args.shape={shape}")
     for number, stops in enumerate(chains(whole.places(), shape)[0 if CHAOS else -1 :]):
-        runs.assert_same(whole, runs.run(f"{shape} {world} {number}", world, f"args.shape={shape}", stops=stops))
+        made = runs.run(f"{shape} {world} {number}", world, f"args.shape={shape}", stops=stops)
+        assert len(made.outputs) > 1, "it was not stopped"
+        runs.assert_same(whole, made)
 
 
 @pytest.mark.parametrize("shape", [pytest.param(name, id=words) for name, words in SHAPES.items()])
@@ -115,17 +125,17 @@ def test_a_restart_says_that_steps_were_made_outside_of_any_loop(runs, shape):
     assert "NOT bit-exact from here on" in made.outputs[1]
 
 
-@pytest.mark.parametrize(
-    ("shape", "stop", "reason"),
-    [
-        ("Nested", "step 5", "steps are made in a loop within the body of another one"),
-        ("EvaluateWithin", "poll 0.2", "saved at a run.poll in the body of a loop with steps"),
-    ],
-)
-def test_a_restart_says_what_of_the_loops_was_cut(runs, shape, stop, reason):
-    made = runs.run(f"{shape} told", 1, f"args.shape={shape}", stops=[stop])
+def test_a_restart_says_that_gradients_were_left_over(runs):
+    made = runs.run("left over", 1, "args.shape=LeftOver", stops=["poll 0.101"])
+    reason = "batches came behind the last step of a loop: gradients that were accumulated from them begin anew"
     assert f"NOT bit-exact from here on: {reason}" in made.outputs[1]
     assert "NOT bit-exact" not in made.outputs[0]
+
+
+def test_a_stop_in_a_loop_within_another_one_waits_for_that_one_and_says_so(runs):
+    made = runs.run("nested told", 1, "args.shape=Nested", stops=["step 2"])
+    assert "note: a stop waits for the next batch of loader 1, or the end of its loop, whose body this is" in made.outputs[0]
+    assert next(event["step"] for event in made.events() if event["event"] == "saved") == 6
 
 
 def test_a_stop_in_a_warm_up_of_a_later_attempt_loses_nothing(runs):

@@ -354,6 +354,37 @@ class Nested(Training):
                 self.step("both", x, y)
 
 
+class NestedBehind(Training):
+    """A step, and a whole loop over another loader, left early in every other epoch; then one behind."""
+
+    def body(self):
+        for (x,) in self.run.batches(self.train):
+            self.step("outer", x)
+            for (y,) in self.run.batches(self.other):
+                self.step("inner", y)
+                if self.epoch == 1:
+                    break
+            self.scheduler.step()
+        self.one_loop("other", self.other)
+        self.evaluate()
+
+
+class Turns(Training):
+    """Two networks that learn by turns, each from a loader of its own; the second one's begins anew, and is kept."""
+
+    def body(self):
+        others = self.run.batches(self.other)
+        for (x,) in self.run.batches(self.train):
+            self.step("first", x)
+            for _ in range(2):
+                other = next(others, None)
+                if other is None:
+                    others = self.run.batches(self.other)
+                    other = next(others)
+                self.step("second", *other)
+        self.evaluate()
+
+
 class EvaluateWithin(Training):
     """An evaluation in the middle of the loop, behind every third step."""
 
@@ -371,6 +402,72 @@ class EvaluateWithinQuiet(EvaluateWithin):
         if self.polls >= 100:
             super().poll()
         self.polls += 1
+
+
+class SwapWithin(Training):
+    """Average weights in the model's place for an evaluation in the loop's body."""
+
+    def body(self):
+        for (x,) in self.run.batches(self.train):
+            self.step("train", x)
+            if self.run.global_step % 2 == 0:
+                kept = copy.deepcopy(self.model.state_dict())
+                self.model.load_state_dict({name: torch.full_like(value, 777.0) for name, value in kept.items()})
+                self.poll()
+                self.evaluate()
+                self.model.load_state_dict(kept)
+                self.scheduler.step()
+
+
+class EvaluateAndBreak(Training):
+    """An evaluation in the body, a scheduler's step, a draw, and a break; and polls behind it."""
+
+    def body(self):
+        for (x,) in self.run.batches(self.train):
+            self.step("train", x)
+            if self.run.global_step % 3 == 0:
+                self.evaluate()
+                self.scheduler.step()
+                torch.rand(1)
+                break
+        self.poll()
+        self.evaluate()
+
+
+class Kept(Training):
+    """A loop whose iterator is kept in a variable, as a bar of progress is, and which is left by a break."""
+
+    def body(self):
+        self.bar = self.run.batches(self.train)
+        for (x,) in self.bar:
+            self.step("train", x)
+            if self.run.global_step % 3 == 0:
+                break
+        self.scheduler.step()
+        self.poll()
+        self.evaluate()
+
+
+class KeptLate(Training):
+    """The same, where the former epoch's iterator goes only in the midst of the next loop."""
+
+    def body(self):
+        bar = self.run.batches(self.train)
+        for (x,) in bar:
+            self.step("train", x)
+            self.bar = bar  # the one of the epoch before is finalized now
+            if self.run.global_step % 6 == 4:
+                break
+
+
+class LeftOver(Training):
+    """Gradients of the last batch that go into the next epoch's first step."""
+
+    def body(self):
+        for number, (x,) in self.run.enumerate(self.train):
+            self.loss(x).backward()
+            if number % 4 == 3:
+                self.step("accumulated", x, backward=False)
 
 
 class Numbered(Training):

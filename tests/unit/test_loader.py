@@ -35,7 +35,7 @@ def loader_of(dataset=None, *, rank=0, world_size=1, seed=7, number=0, **argumen
 def trained(loader, epoch, batches=None):
     """Train on an epoch as `run.batches` and `run.step` do, up to a stop behind some or all batches; return what was seen."""
     cursor = loader.batch_sampler
-    cursor.begin(epoch)
+    cursor.begin(cursor.create(epoch))
     seen = []
     for batch in itertools.islice(loader, batches):
         cursor.advance()
@@ -99,9 +99,9 @@ def resumed(position, epoch=3, **changes):
 
 
 def position_of(cursor, epoch):
-    """Return a position but for its number of batches, which is for `run.enumerate`."""
+    """Return a position as far as it is this loader's alone."""
     position = cursor.position(epoch)
-    return None if position is None else {key: value for key, value in position.items() if key != "batches"}
+    return None if position is None else {key: value for key, value in position.items() if key not in ("batches", "is_over")}
 
 
 def at(consumed):
@@ -117,7 +117,7 @@ def test_from_every_position_exactly_the_rest_follows(done, shuffle):
     position = position_of(loader.batch_sampler, 3)
     assert position == at(min(done * 4, 41))
     again = resumed(position, shuffle=shuffle)
-    again.batch_sampler.begin(3)
+    again.batch_sampler.begin(again.batch_sampler.create(3))
     assert position_of(again.batch_sampler, 3) == position
     assert trained(resumed(position, shuffle=shuffle), 3) == whole[done:]
 
@@ -165,7 +165,7 @@ def test_the_position_of_another_epoch_is_none():
     assert [position_of(cursor, epoch) for epoch in (2, 3, 4)] == [None, at(8), None]
     cursor.end()
     assert [position_of(cursor, epoch) for epoch in (2, 3, 4)] == [None, at(41), None]
-    cursor.begin(4)
+    cursor.begin(cursor.create(4))
     assert position_of(cursor, 4) is None
     restored = resumed(at(8)).batch_sampler
     assert [position_of(restored, epoch) for epoch in (2, 3, 4)] == [None, at(8), None]
@@ -183,7 +183,7 @@ def test_a_loader_that_was_restored_but_not_begun_keeps_its_position():
 def test_a_loader_that_was_restored_and_begun_without_a_step_keeps_its_position():
     loader = resumed(at(8))
     cursor = loader.batch_sampler
-    cursor.begin(3)
+    cursor.begin(cursor.create(3))
     next(iter(loader))
     cursor.advance()
     assert position_of(cursor, 3) == at(8)
@@ -200,7 +200,7 @@ def test_a_loader_that_was_restored_and_run_to_its_end_without_a_step_is_over():
 def test_a_batch_in_progress_is_not_counted():
     loader = loader_of()
     cursor = loader.batch_sampler
-    cursor.begin(3)
+    cursor.begin(cursor.create(3))
     batches = iter(loader)
     seen = []
     for expected in (None, at(4), at(8)):
@@ -217,7 +217,7 @@ def test_a_batch_in_progress_is_not_counted():
 def test_a_step_counts_all_batches_since_the_one_before():
     loader = loader_of()
     cursor = loader.batch_sampler
-    cursor.begin(3)
+    cursor.begin(cursor.create(3))
     for number, _ in enumerate(loader, 1):
         cursor.advance()
         if number % 3 == 0:  # gradient accumulation
@@ -229,7 +229,7 @@ def test_a_step_counts_all_batches_since_the_one_before():
 def evaluated(loader, epoch, batches=None, ended=True):
     """Loop over an epoch without a step; return what was seen."""
     cursor = loader.batch_sampler
-    cursor.begin(epoch)
+    cursor.begin(cursor.create(epoch))
     seen = []
     for batch in itertools.islice(loader, batches):
         cursor.advance()
@@ -256,7 +256,7 @@ def test_a_loop_without_steps_within_a_training_loop_disturbs_neither():
     whole = trained(loader_of(), 3)
     training, evaluation = loader_of(), loader_of(number=1)
     ours, other = training.batch_sampler, evaluation.batch_sampler
-    ours.begin(3)
+    ours.begin(ours.create(3))
     seen = []
     for done, batch in enumerate(training, 1):
         ours.advance()
@@ -323,7 +323,7 @@ def test_a_loader_is_known_to_train_from_its_first_step_on():
 def test_the_length_is_that_of_a_whole_epoch_wherever_it_goes_on(consumed):
     loader = resumed(at(consumed))
     assert len(loader) == 11
-    loader.batch_sampler.begin(3)
+    loader.batch_sampler.begin(loader.batch_sampler.create(3))
     assert len(loader) == 11
     assert len(loader_of(drop_last=True)) == 10
     assert len(loader_of(world_size=3)) == 4
@@ -334,7 +334,7 @@ def test_what_workers_fetch_ahead_does_not_move_the_position(workers):
     whole = trained(loader_of(), 3)
     loader = loader_of(num_workers=workers, prefetch_factor=4 if workers else None)
     cursor = loader.batch_sampler
-    cursor.begin(3)
+    cursor.begin(cursor.create(3))
     for done, batch in enumerate(loader, 1):
         assert position_of(cursor, 3) == (at((done - 1) * 4) if done > 1 else None)
         cursor.advance()
@@ -422,7 +422,7 @@ def test_a_dataset_of_another_size_does_not_fit_the_position():
 def test_a_restored_position_is_of_its_epoch_only_also_where_that_epoch_does_not_use_the_loader():
     cursor = loader_of(TensorDataset(torch.arange(8)), batch_size=2, shuffle=False).batch_sampler
     cursor.restore(3, {"consumed": 6, "num_samples": 8})
-    cursor.begin(4)
+    cursor.begin(cursor.create(4))
     assert [index for batch in cursor for index in batch] == list(range(8))
 
 
@@ -432,12 +432,12 @@ def test_batches_are_numbered_on_behind_an_interruption(done):
     trained(loader, 3, batches=done)
     again = loader_of()
     again.batch_sampler.restore(3, loader.batch_sampler.position(3))
-    again.batch_sampler.begin(3)
+    again.batch_sampler.begin(again.batch_sampler.create(3))
     numbers = []
     for _ in again:
         again.batch_sampler.advance()
         numbers.append(again.batch_sampler.batch)
     assert numbers == list(range(done, 11))
-    again.batch_sampler.begin(4)
+    again.batch_sampler.begin(again.batch_sampler.create(4))
     again.batch_sampler.advance()
     assert again.batch_sampler.batch == 0

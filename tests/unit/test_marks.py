@@ -151,7 +151,27 @@ def test_parameters_made_for_inference_and_those_without_values_yet_are_no_troub
     assert changed_since(mark, modules) == ["lazy"]
 
 
-def test_a_mark_holds_a_number_for_each_parameter_and_keeps_none_alive():
-    mark = marked({"it": nn.Linear(100, 100)})
-    assert mark.buffers == {"it": ()}
-    assert [type(number) for number in mark.sums["it"]] == [int, int]
+def test_a_mark_holds_a_number_for_each_parameter_and_buffer_and_keeps_none_alive():
+    mark = marked({"it": nn.BatchNorm1d(100)})
+    assert [type(number) for number in mark["it"]] == [int] * 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.complex64])
+@pytest.mark.parametrize("offset", range(1, 9))
+def test_parameters_that_begin_anywhere_in_their_memory_are_compared(dtype, offset):
+    module = nn.Module()
+    module.it = nn.Parameter(torch.zeros(32, dtype=dtype)[offset : offset + 16], requires_grad=False)
+    mark = marked({"it": module})
+    assert changed_since(mark, {"it": module}) == []
+    module.it.data[7] = 1
+    assert changed_since(mark, {"it": module}) == ["it"]
+
+
+def test_conjugated_and_sparse_buffers_are_no_trouble():
+    module = nn.Module()
+    module.register_buffer("conjugated", torch.ones(4, dtype=torch.complex64).conj())
+    module.register_buffer("sparse", torch.eye(3).to_sparse())
+    mark = marked({"it": module})
+    assert changed_since(mark, {"it": module}) == []
+    module.conjugated.mul_(2)
+    assert changed_since(mark, {"it": module}) == ["it"]

@@ -119,7 +119,7 @@ def trained(loader, epoch, batches=None, position=None):
     cursor = loader.batch_sampler
     if position is not None:
         cursor.restore(epoch, position)
-    cursor.begin(epoch)
+    cursor.begin(cursor.create(epoch))
     seen = []
     for batch in itertools.islice(loader, batches):
         cursor.advance()
@@ -171,7 +171,7 @@ def test_the_global_generators_are_left_alone_by_a_sampler_that_fails():
     for sampler in (OfLength(failing), OfLength(lambda: iter([random.random()]))):
         loader, before = make_loader(Numbers(), Share(0, 1, 7, 0), sampler=sampler)[0], generators()
         with pytest.raises((OSError, UsageError)):
-            loader.batch_sampler.begin(0)
+            loader.batch_sampler.begin(loader.batch_sampler.create(0))
         assert generators() == before
 
 
@@ -336,13 +336,13 @@ NO_NUMBERS = {
 def test_where_the_epoch_begins_is_refused(arguments, message):
     cursor = make_loader(Numbers(), Share(0, 1, 7, 0), **arguments)[1]
     with pytest.raises(UsageError, match=rf"^run\.loader: {message}"):
-        cursor.begin(0)
+        cursor.begin(cursor.create(0))
 
 
 def test_fewer_than_the_ranks_are_refused_also_where_more_were_promised():
     cursor = make_loader(Numbers(), Share(0, 3, 7, 0), sampler=OfLength(lambda: [5, 6]))[1]
     with pytest.raises(UsageError, match=r"^run\.loader: 2 samples are too few for 3 ranks"):
-        cursor.begin(0)
+        cursor.begin(cursor.create(0))
 
 
 @pytest.mark.parametrize("name", ["sampler", "batch_sampler"])
@@ -353,11 +353,11 @@ def test_a_fault_in_the_sampler_itself_is_told_as_it_is(name):
 
     cursor = make_loader(Numbers(), Share(0, 1, 7, 0), **{name: OfLength(broken)})[1]
     with pytest.raises(TypeError, match="weights: None is no tensor"):
-        cursor.begin(0)
+        cursor.begin(cursor.create(0))
 
 
 def test_a_position_of_more_samples_than_the_sampler_gives_now_is_refused():
     loader = make_loader(Numbers(), Share(0, 1, 7, 2), sampler=OfLength(lambda: range(10)))[0]
     loader.batch_sampler.restore(0, {"consumed": 4, "num_samples": 12})
     with pytest.raises(CheckpointMismatchError, match="the dataset of loader 2 has 10 samples, but had 12 when the epoch was interrupted"):
-        loader.batch_sampler.begin(0)
+        loader.batch_sampler.begin(loader.batch_sampler.create(0))

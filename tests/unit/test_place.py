@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
 from hpcckpt.data import Loops, Share, make_loader
-from hpcckpt.errors import CheckpointMismatchError
+from hpcckpt.errors import CheckpointMismatchError, UsageError
 
 
 class Numbers(Dataset):
@@ -63,6 +63,34 @@ class Zip:
     second: int
 
 
+@dataclass(frozen=True)
+class Nested:
+    """For each batch of the outer one a whole loop over the inner, with a step of the outer one alone first, where there is one."""
+
+    outer: int
+    inner: int
+    steps_first: bool
+    # Behind the first steps of it the inner loop is over.
+    last: int = 99
+
+
+@dataclass(frozen=True)
+class Turns:
+    """A step with a batch of the first, then some with one of the second, which begins anew where it is exhausted."""
+
+    first: int
+    second: int
+    times: int = 1
+
+
+@dataclass(frozen=True)
+class Rest:
+    """Steps with a batch of each, as many as the shorter has; then with what is left of the second."""
+
+    first: int
+    second: int
+
+
 @dataclass
 class State:
     """What a checkpoint has; generators draw in evaluations, too, and so what they are at is part of it."""
@@ -81,6 +109,7 @@ class Attempt:
     state: State
     stop: int | None = None
     places: int = 0
+    is_due: bool = False
     seen: list = field(default_factory=list)
 
     def __post_init__(self):
@@ -106,14 +135,18 @@ class Attempt:
                 self.loops.end_epoch()
                 self.epoch += 1
                 self.boundary = None
+                if self.is_due:
+                    self.save()
         except Stopped:
             return self.saved, False
         return State(self.epoch, self.trained, self.drawn), True
 
     def batches(self, number):
         loader = self.loaders[number]
-        place = self.loops.place_of(loader)
-        if self.loops.begin(place, self.epoch):
+        return self.iterate(loader, *self.loops.create(loader, self.epoch))
+
+    def iterate(self, loader, place, loop):
+        if self.loops.begin(place, loop, self.epoch):
             self.drawn = self.state.drawn
         is_exhausted = False
         try:
@@ -121,28 +154,38 @@ class Attempt:
                 for batch in loader:
                     place.advance()
                     yield batch.tolist()
+                    self.loops.refuse_if_over(place, loop)
+                    if not place.in_progress and self.loops.is_between_batches:
+                        self.boundary = None if self.loops.leads == [place] else self.boundary
+                        self.may_stop(place)
             is_exhausted = True
         finally:
-            self.loops.end(place, is_exhausted=is_exhausted)
-            if self.boundary is None:
-                self.boundary = self.drawn
+            if place.loop is loop:
+                is_lead = self.loops.end(place, is_exhausted=is_exhausted)
+                if is_lead or (self.boundary is None and not self.loops.leads):
+                    self.boundary = self.drawn
 
     def step(self, *batches):
         self.trained = (*self.trained, (self.epoch, self.drawn, *batches))
         self.drawn += 7
         self.boundary = None
         self.loops.step()
+        self.be_signalled()
         self.may_stop()
 
     def poll(self):
         self.loops.stay()
         if self.loops.is_between_batches:
+            self.be_signalled()
             self.may_stop()
 
-    def may_stop(self):
-        if self.places == self.stop:
-            self.save()
+    def be_signalled(self):
+        self.is_due |= self.places == self.stop
         self.places += 1
+
+    def may_stop(self, place=None):
+        if self.is_due and self.loops.waits(place) is None:
+            self.save()
 
     def save(self):
         drawn = self.drawn if self.boundary is None else self.boundary
@@ -176,6 +219,35 @@ class Attempt:
             case Zip():
                 for first, second in zip(self.batches(loop.first), self.batches(loop.second), strict=False):
                     self.step(first, second)
+            case Nested():
+                for outer in self.batches(loop.outer):
+                    if loop.steps_first:
+                        self.step(outer)
+                    for number, inner in enumerate(self.batches(loop.inner), 1):
+                        self.step(outer, inner)
+                        if number == loop.last:
+                            break
+                    self.drawn += 3
+            case Turns():
+                others = self.batches(loop.second)
+                for first in self.batches(loop.first):
+                    self.step(first)
+                    for _ in range(loop.times):
+                        other = next(others, None)
+                        if other is None:
+                            others = self.batches(loop.second)
+                            other = next(others)
+                        self.step(other)
+                        self.drawn += 2
+            case Rest():
+                others = self.batches(loop.second)
+                for first in self.batches(loop.first):
+                    other = next(others, None)
+                    if other is None:
+                        break
+                    self.step(first, other)
+                for other in others:
+                    self.step(other)
 
 
 def uninterrupted(script):
@@ -220,6 +292,19 @@ SCRIPTS = {
     "two at once": [Zip(0, 1), Evaluate(2)],
     "two at once, the shorter first": [Zip(1, 0)],
     "two at once, then each": [Zip(0, 1), Train(2), Train(0)],
+    "two at once, twice": [Zip(0, 1), Zip(0, 1)],
+    "two at once, then one of them with another": [Zip(0, 1), Zip(2, 1), Train(1)],
+    "one within another": [Nested(2, 1, steps_first=False), Evaluate(0)],
+    "one within another, behind its step": [Nested(2, 1, steps_first=True)],
+    "one within another, left early": [Nested(2, 0, steps_first=False, last=2)],
+    "one within another, then alone": [Nested(2, 1, steps_first=False), Train(1), Train(1)],
+    "alone, then within another": [Train(1), Nested(2, 1, steps_first=True), Train(1)],
+    "within another twice": [Nested(2, 1, steps_first=True), Train(1), Nested(2, 1, steps_first=False), Evaluate(1)],
+    "by turns": [Turns(1, 2), Evaluate(0)],
+    "by turns, beginning anew": [Turns(0, 1, 3), Train(1)],
+    "by turns, then by turns with another": [Turns(0, 1), Turns(2, 1)],
+    "two at once, and the rest of the second": [Rest(1, 0), Evaluate(2)],
+    "two at once, and the rest of the second, then again": [Rest(1, 0), Train(0)],
 }
 
 
@@ -229,7 +314,12 @@ def test_stopped_once_at_any_place(name):
         assert_as_if_never_stopped(SCRIPTS[name], [stop])
 
 
+PAIRS = st.tuples(st.integers(0, 2), st.integers(0, 2)).filter(lambda pair: pair[0] != pair[1])
 LOOPS = st.one_of(
+    PAIRS.map(lambda pair: Zip(*pair)),
+    PAIRS.map(lambda pair: Rest(*pair)),
+    st.builds(lambda pair, first, last: Nested(*pair, first, last), PAIRS, st.booleans(), st.sampled_from([1, 99])),
+    st.builds(lambda pair, times: Turns(*pair, times), PAIRS, st.integers(1, 3)),
     st.builds(Train, st.integers(0, 2), within=st.sampled_from([None, 1, 2])).filter(lambda loop: loop.loader != loop.within),
     st.builds(Train, st.integers(0, 2), every=st.integers(1, 2)),
     st.builds(Evaluate, st.integers(0, 2), st.sampled_from([1, 2, 99])),
@@ -237,7 +327,7 @@ LOOPS = st.one_of(
 
 
 @settings(max_examples=60)
-@given(st.lists(LOOPS, min_size=1, max_size=5), st.lists(st.integers(0, 12), max_size=6))
+@given(st.lists(LOOPS, min_size=1, max_size=5), st.lists(st.integers(0, 30), max_size=6))
 @example([Train(0), Evaluate(0), Train(0)], [4, 3, 0, 0])
 def test_any_script_stopped_again_and_again_ends_as_if_it_never_was(script, stops):
     assert_as_if_never_stopped(script, stops)
@@ -323,9 +413,66 @@ def test_an_iterator_that_is_left_in_a_variable_has_no_part_in_the_steps_of_othe
     attempt.step([])
     before = attempt.loops.data_state(0)["loaders"]["1"]
     attempt.run(Train(0))
-    assert attempt.loops.data_state(0)["last_loader"] == "0"
     assert attempt.loops.data_state(0)["loaders"]["1"] == before
     kept.close()
+
+
+def test_a_stop_waits_where_nobody_knows_whether_an_iterator_that_was_kept_has_others_in_its_body():
+    attempt = Attempt([], State())
+    kept = attempt.batches(1)
+    next(kept)
+    attempt.step([])
+    assert "waits for the next batch of loader 1, or the end of its loop" in attempt.loops.waits()
+    attempt.run(Train(0))
+    kept.close()  # at the end of the function that had it
+    attempt.poll()
+    assert "a stop waits for the end of the epoch: the loop over loader 1 was left early" in attempt.loops.waits()
+    attempt.loops.end_epoch()
+    assert attempt.loops.waits() is None
+
+
+def test_a_run_that_is_left_with_nothing_behind_its_loops_knows_where_they_were():
+    attempt = Attempt([], State())
+    outer, inner = attempt.batches(1), attempt.batches(0)
+    next(outer)
+    next(inner)
+    attempt.step([])
+    inner.close()
+    outer.close()
+    attempt.loops.go_back()
+    assert attempt.loops.waits() is None
+    assert [attempt.loops.data_state(0)["loaders"][number]["is_over"] for number in "10"] == [False, False]
+
+
+def test_an_iterator_that_is_kept_beyond_its_loop_is_refused():
+    attempt = Attempt([], State())
+    first = attempt.batches(1)
+    next(first)
+    second = attempt.batches(1)
+    next(second)
+    with pytest.raises(UsageError, match="this loop is over, since its epoch is, or another one over the same loader has begun"):
+        next(first)
+    attempt.step([])
+    assert next(second)
+    attempt.step([])
+    attempt.loops.end_epoch()
+    attempt.epoch = 1
+    with pytest.raises(UsageError, match="this loop is over"):
+        next(second)
+    assert attempt.loops.data_state(1)["loaders"] == {}
+
+
+def test_an_iterator_that_is_finalized_late_does_not_end_the_next_loop():
+    attempt = Attempt([], State())
+    first = attempt.batches(1)
+    next(first)
+    attempt.step([])
+    second = attempt.batches(1)
+    next(second)
+    first.close()
+    attempt.step([])
+    here = attempt.loops.data_state(0)["loaders"]["1"]
+    assert (here["loop"], here["batches"], here["is_over"]) == (1, 1, False)
 
 
 def test_a_step_in_no_loop_is_counted_as_such():

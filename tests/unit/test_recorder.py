@@ -63,12 +63,15 @@ def test_a_log_belongs_to_the_step_in_progress_and_a_report_to_those_done(record
     ]
 
 
-def test_values_are_read_at_the_flush_and_not_waited_for_before(recorder, layout):
-    loss = torch.tensor(1.0)
-    recorder.log(0, 0, {"loss": loss})
-    loss.fill_(2.0)
+def test_values_are_those_of_the_call_and_not_waited_for_in_it(recorder, layout, monkeypatch):
+    running = torch.tensor(1.0, requires_grad=True)
+    with monkeypatch.context() as waiting, torch.no_grad():
+        for name in ("item", "tolist", "cpu", "__float__", "__bool__"):
+            waiting.setattr(torch.Tensor, name, None)
+        recorder.log(0, 0, {"loss": running})
+        running += 1  # a sum that goes on
     recorder.flush(0, 1)
-    assert read_lines(layout.metrics)[0]["loss"] == 2.0
+    assert read_lines(layout.metrics)[0]["loss"] == 1.0
 
 
 def test_beginning_cuts_back_what_lies_behind_the_position(recorder, layout):

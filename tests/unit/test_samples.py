@@ -83,7 +83,7 @@ def trained(loader, epoch, batches=None, position=None):
     cursor = loader.batch_sampler
     if position is not None:
         cursor.restore(epoch, position)
-    cursor.begin(epoch)
+    cursor.begin(cursor.create(epoch))
     seen = []
     for batch in itertools.islice(loader, batches):
         cursor.advance()
@@ -297,7 +297,7 @@ def test_a_batch_that_is_not_of_our_order_is_fetched_as_it_is():
 def test_workers_of_another_dataset_than_those_of_the_training_do_not_disturb_it():
     training, evaluation = loader_of(), loader_of(number=1)
     seen, cursor = [], training.batch_sampler
-    cursor.begin(0)
+    cursor.begin(cursor.create(0))
     for batch in training:
         seen.append([plain(part) for part in batch])
         list(evaluation)

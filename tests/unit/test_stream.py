@@ -79,7 +79,7 @@ class One:
 
     def train(self, epoch, batches=None):
         """Train as `run.batches` and `run.step` do, up to a stop in a step, or to the end."""
-        self.loops.begin(self.place, epoch)
+        self.loops.begin(*self.loops.create(self.loader, epoch), epoch)
         seen = []
         if not self.place.is_skipped:
             for batch in itertools.islice(self.loader, batches):
@@ -174,7 +174,7 @@ def test_a_state_that_was_restored_stays_until_the_next_step(workers):
     checkpoint = run.checkpoint(1)
     again = One(num_workers=workers).restore(1, checkpoint)
     assert again.checkpoint(1)["data"]["loaders"].keys() == {"0"}
-    again.loops.begin(again.place, 1)
+    again.loops.begin(*again.loops.create(again.loader, 1), 1)
     next(iter(again.loader))
     again.place.advance()
     expected = One(num_workers=workers).restore(1, checkpoint).train(1)
