@@ -379,7 +379,7 @@ class Run:
         """Save where the script has left the loop over epochs, if nothing has changed since the last step. Every rank must call it."""
         self._loops.go_back()
         how = "saved there; to go on, submit again"
-        if self._boundary is None:
+        if self._boundary is None or self._loops.waits() is not None:
             how = "not saved, since its loop is kept in a variable, or is none over run.batches: nobody knows what has changed since"
         elif changed := self._checkpointer.changed_since(self._boundary):
             how = f"not saved, because of {', '.join(changed)}, which changed since"

@@ -192,6 +192,7 @@ class Place(ABC):
     def forget(self) -> None:
         """Note that the epoch is over."""
         self._position = self._goal = self._left = self._lead = self.loop = self._latest = None
+        self.is_resumed = False
         self._epoch = -1
 
     def restore(self, epoch: int, position: Mapping[str, Any]) -> None:

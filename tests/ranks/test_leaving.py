@@ -96,7 +96,7 @@ def test_a_kill_behind_a_checkpoint_of_the_last_step_does_not_move_it_either(run
 def test_what_is_loaded_behind_the_loop_is_not_saved_as_the_newest_state(runs, world):
     arguments = (f"best {world}", world, "args.shape=LoadsTheBest")
     left = runs.run(*arguments, "args.patience=1")
-    assert "not saved, because of model, which changed behind the last step" in left.outputs[0]
+    assert "not saved, because of model, which changed since" in left.outputs[0]
     assert left.outcome() == "finished"
     assert saved(left)[-1][2] == "every_epochs"
     again = runs.run(*arguments, "args.patience=1000")
