@@ -9,6 +9,7 @@ inside of `__getitem__`, `torch.initial_seed()` is the sample's seed to make one
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, TensorDataset, default_collate, get_worker_info
@@ -35,17 +36,18 @@ class _View:
             setattr(self.hpcckpt_dataset, name, value)
 
 
-class Fetched(list[Any]):
-    """The samples of a batch, on their way to be put together."""
+@dataclass(frozen=True)
+class Whole:
+    """A batch that is put together already, on its way through the DataLoader."""
 
-    seed: int
+    batch: Any
 
 
 class SeededDataset(_View, Dataset[Any]):
     """A map-style dataset as a resumable loader gives it to its workers; `hpcckpt_dataset` is the user's."""
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self.hpcckpt_dataset = dataset
+    def __init__(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any]) -> None:
+        self.hpcckpt_dataset, self.hpcckpt_collate = dataset, collate
 
     def __len__(self) -> int:
         return len(self.hpcckpt_dataset)
@@ -53,36 +55,35 @@ class SeededDataset(_View, Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         return self.hpcckpt_dataset[index]
 
-    def __getitems__(self, indices: list[int]) -> list[Any]:
-        """Fetch the samples of a batch, each with generators seeded for it."""
+    def __getitems__(self, indices: list[int]) -> "list[Any] | Whole":
+        """Fetch the samples of a batch, each with generators seeded for it, and put them together with such for the batch."""
         if not isinstance(indices, Batch):  # not from our order
             return [self.hpcckpt_dataset[index] for index in indices]
-        fetched = Fetched()
-        fetched.seed = derive_seed(indices.seed, "batch", indices.first)
-        with drawing(None) as seed:
+        # Both in one, since in the training's own process generators are kept and put back, which takes longer than to seed them.
+        with drawing() as seed:
             if _fetches_batches(self.hpcckpt_dataset):
                 # It gives all samples of a batch at once, so they are seeded at once.
                 seed(derive_seed(indices.seed, indices.first))
-                fetched += self.hpcckpt_dataset.__getitems__(list(indices))
+                samples = list(self.hpcckpt_dataset.__getitems__(list(indices)))
             else:
+                samples = []
                 for place, index in enumerate(indices, indices.first):
                     seed(derive_seed(indices.seed, place))
-                    fetched.append(self.hpcckpt_dataset[index])
-        return fetched
+                    samples.append(self.hpcckpt_dataset[index])
+            if self.hpcckpt_collate is not default_collate:
+                seed(derive_seed(indices.seed, "batch", indices.first))
+            return Whole(self.hpcckpt_collate(samples))
 
 
 class SeededCollate:
-    """Puts the samples of a batch together with generators seeded for it."""
+    """Hands a batch on that is put together already, and puts others together."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
 
-    def __call__(self, samples: list[Any]) -> Any:
+    def __call__(self, samples: "list[Any] | Whole") -> Any:
         """Return the batch."""
-        if not isinstance(samples, Fetched):
-            return self.collate(samples)
-        with drawing(samples.seed):
-            return self.collate(list(samples))
+        return samples.batch if isinstance(samples, Whole) else self.collate(samples)
 
 
 class SeededStream(_View, IterableDataset[Any]):
@@ -137,7 +138,8 @@ def seeded(dataset: Dataset[Any], collate: Callable[[list[Any]], Any] | None) ->
     """Return dataset and collate_fn for a DataLoader whose batches are `Batch`es; both as they are where nothing can be drawn."""
     if collate is None and _draws_nothing(dataset):
         return dataset, None
-    return SeededDataset(dataset), SeededCollate(collate or default_collate)
+    collate = collate or default_collate
+    return SeededDataset(dataset, collate), SeededCollate(collate)
 
 
 def _draws_nothing(dataset: Dataset[Any]) -> bool:

@@ -27,15 +27,15 @@ def seed_all(seed: int) -> None:
 
 
 @contextlib.contextmanager
-def drawing(seed: int | None) -> Iterator[Callable[[int], None]]:
-    """Seed the CPU's generators inside, and put them back behind it; yields what seeds them anew.
+def drawing(seed: int | None = None) -> Iterator[Callable[[int], None]]:
+    """Seed the CPU's generators inside, if at all, and put them back behind it; yields what seeds them anew.
 
-    With None nothing is seeded yet. In a DataLoader's worker, which draws for nobody else, nothing is put back.
+    In a DataLoader's worker, which draws for nobody else, nothing is put back.
     """
     before = None
     if get_worker_info() is None:
         numpy = sys.modules.get("numpy")
-        before = random.getstate(), torch.default_generator.get_state(), numpy, None if numpy is None else numpy.random.get_state()
+        before = random.getstate(), torch.default_generator.get_state(), numpy, None if numpy is None else numpy.random.get_state(legacy=False)
     try:
         if seed is not None:
             seed_cpu(seed)
