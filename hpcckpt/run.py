@@ -226,11 +226,10 @@ class Run:
                         self._carry_out(waits=self._loops.waits(place))
             is_exhausted = True
         finally:  # a break ends it too
-            if place.loop is loop:
-                if self._loops.end(place, is_exhausted=is_exhausted) or (self._boundary is None and not self._loops.leads):
-                    self._boundary = self._mark()
-                if place.trains:
-                    self._tracked.note_trained()
+            is_run = place.loop is loop
+            is_lead = is_run and self._loops.end(place, is_exhausted=is_exhausted)
+            if is_lead or (is_run and self._boundary is None and not self._loops.leads):
+                self._boundary = self._mark()
         if is_exhausted:
             self._tracked.share_buffers()
 
@@ -250,6 +249,7 @@ class Run:
         if self._restored is None or self._finished:
             raise UsageError("run.step: call it inside of `for epoch in run.epochs(…)`")
         self.global_step += 1
+        self._tracked.note_trained()
         self._boundary = None
         self._loops.step()
         due = policy.is_step_due(self.global_step, self._config.checkpoint.every_steps)

@@ -157,7 +157,7 @@ def _checked(batch_size: int | None, share: Share, saved: Mapping[str, int] | No
     except TypeError:
         size = 0
     if size < 1:
-        raise UsageError(f"run.loader: batch_size={batch_size} must be a number, at least 1")
+        raise UsageError(f"run.loader: batch_size={batch_size!r} must be a whole number, at least 1")
     return BatchSize.kept(size, share.world_size, saved)
 
 

@@ -96,7 +96,7 @@ class Tracked:
         return self._modules()
 
     def note_trained(self) -> None:
-        """Note that there were training passes: since the last of them each rank has buffers of its own."""
+        """Note that there was a training pass: since then each rank has buffers of its own."""
         self._has_own_buffers = True
 
     def share_buffers(self) -> None:

@@ -123,7 +123,7 @@ def drafted(path: Path, write: Callable[[IO[bytes]], None]) -> Iterator[Draft]:
                 write(file)  # type: ignore[arg-type]  # RawIOBase has all that a writer calls
             finally:
                 if file.failure is not None:
-                    raise file.failure
+                    raise file.failure from None  # what torch makes of it says less
             os.fsync(descriptor)
         draft.size_bytes, draft.digest = file.size_bytes, file.digest
         yield draft

@@ -3,6 +3,7 @@
 Real ranks in processes of their own; see test_loop_shapes.py.
 """
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -115,12 +116,15 @@ def test_leaving_between_a_batch_and_its_step_goes_on_with_that_batch(runs, worl
     runs.assert_same(runs.whole(world, "args.shape=BreakBetween", "args.leaves=false"), again)
 
 
+CLOSINGS = {"finally": "in finally", "with": "with", "except": "where it is caught", "behind": "in finally, where another one is caught"}
+
+
 @pytest.mark.parametrize("how", ["fails", "interrupted"])
-@pytest.mark.parametrize("finally_", ["true", "false"], ids=["try and finally", "with"])
+@pytest.mark.parametrize("closing", [pytest.param(name, id=words) for name, words in CLOSINGS.items()])
 @pytest.mark.parametrize("world", [1, 2])
-def test_an_exception_saves_nothing_and_fails(runs, world, how, finally_):
-    name = f"{how} {finally_} {world}"
-    arguments = (world, "args.shape=Raises", f"args.finally={finally_}")
+def test_an_exception_saves_nothing_and_fails(runs, world, how, closing):
+    name = f"{how} {closing} {world}"
+    arguments = (world, "args.shape=Raises", f"args.closing={closing}")
     attempt = runs.attempt(name, *arguments, f"args.leaves={how}")
     assert all(code not in (DONE, REQUEUED) for code in attempt.codes), attempt
     folder = runs.folder / name
@@ -143,15 +147,36 @@ def test_an_exception_that_is_caught_around_the_loop_leaves_it_as_a_break_does(r
     runs.assert_same(runs.whole(world, "args.shape=Leaving"), again)
 
 
+@pytest.mark.parametrize("closing", [pytest.param(name, id=words) for name, words in CLOSINGS.items() if name != "with"])
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_script_without_a_context_manager_ends_as_well(runs, world):
-    whole = runs.whole(world, "args.shape=Leaving")
-    made = runs.run(f"finally {world}", world, "args.shape=Leaving", "args.finally=true", stops=["step 3"])
+def test_a_script_without_a_context_manager_ends_as_well(runs, world, closing):
+    arguments = (world, "args.shape=Leaving", f"args.closing={closing}")
+    made = runs.run(f"{closing} {world}", *arguments, stops=["step 3"])
     assert made.outcome() == "finished"
     assert "early" not in made.events()[-1]
-    runs.assert_same(whole, made)
-    left = runs.run(f"finally left {world}", world, "args.shape=Leaving", "args.finally=true", "args.max_steps=4")
+    runs.assert_same(runs.whole(world, "args.shape=Leaving"), made)
+    left = runs.run(f"{closing} left {world}", *arguments, "args.max_steps=4")
     assert (left.outcome(), left.events()[-1]["early"], left.events()[-1]["step"]) == ("finished", True, 4)
+    assert saved(left)[-1][1:] == (4, "left")
+
+
+@pytest.mark.parametrize("closing", [pytest.param(name, id=words) for name, words in CLOSINGS.items()])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_save_that_fails_where_a_run_is_left_is_told_and_what_was_saved_before_is_gone_on_with(runs, world, closing):
+    name = f"full {closing} {world}"
+    arguments = (world, "args.shape=LeavesOnAFullDisk", f"args.closing={closing}")
+    attempt = runs.attempt(name, *arguments, "args.patience=1", "args.full=true")
+    assert attempt.codes == [1] * world, attempt.outputs
+    message = r"CheckpointSaveError: .*/checkpoint_epoch0001_step\d+\.pt: .*\(File too large\); the ones before it are intact"
+    for output in attempt.outputs:
+        assert re.match(rf"hpcckpt\.errors\.{message}", output.splitlines()[-1]), output
+        assert output.count("hpcckpt.errors.CheckpointSaveError") == 1, "it failed again on the way out"
+    again = runs.run(name, *arguments, "args.patience=1")
+    failed = [event for event in again.events() if event["event"] == "failed"]
+    assert sorted(event["rank"] for event in failed) == list(range(world))
+    assert all(re.match(message, event["error"]) for event in failed)
+    assert (again.outcome(), Counter(event["event"] for event in again.events())["finished"]) == ("finished", 1)
+    runs.assert_same(runs.whole(*arguments[:2], "args.patience=1"), again)
 
 
 @pytest.mark.parametrize("every", [1, 2])

@@ -51,9 +51,21 @@ SHAPES = {
     "Average": "weights averaged behind an epoch's loop",
     "AverageByHand": "weights averaged behind it through .data",
     "AverageFirst": "weights averaged where an epoch begins",
+    "NormalizedBreak": "BatchNorm, a break, and an evaluation around DDP",
     "NormalizedAverage": "BatchNorm, and an average with statistics of its own",
 }
-ON_TWO_RANKS = ("Evaluate", "Alternating", "Break", "Cycle", "Turns", "IterableTwice", "AverageOnMain", "AverageFirst", "NormalizedAverage")
+ON_TWO_RANKS = (
+    "Evaluate",
+    "Alternating",
+    "Break",
+    "Cycle",
+    "Turns",
+    "Sampler",
+    "IterableTwice",
+    "AverageOnMain",
+    "AverageFirst",
+    "NormalizedAverage",
+)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +130,35 @@ def test_an_evaluation_of_a_model_with_statistics_does_not_delay_a_stop(runs, wo
         assert (made.folder / "places.0").read_text().splitlines().count("poll 1.4") == 1, "it did not stop at once"
 
 
+def evaluated(made):
+    """Return what each rank's evaluations gave; those that were made again behind a stop count once if they gave the same."""
+    return [sorted(set((made.folder / f"evaluated.{rank}").read_text().splitlines())) for rank in range(made.world)]
+
+
+def test_an_evaluation_around_ddp_behind_a_break_gives_the_same_on_all_ranks_and_behind_stops(runs):
+    whole = runs.whole(2, "args.shape=NormalizedBreak")
+    outputs, others = evaluated(whole)
+    assert outputs == others
+    assert len({line.split(maxsplit=2)[2] for line in outputs}) == 3, "not another model in each epoch"
+    for number, stops in enumerate(chains([place for place in whole.places() if place.startswith("poll")], "NormalizedBreak")):
+        made = runs.run(f"NormalizedBreak {number}", 2, "args.shape=NormalizedBreak", stops=stops)
+        assert len(made.outputs) > 1, "it was not stopped"
+        assert evaluated(made) == [outputs] * 2
+        runs.assert_same(whole, made)
+
+
+@pytest.mark.parametrize("shape", ["NormalizedFirst", "NormalizedKept", "NormalizedOutside"])
+def test_an_evaluation_around_ddp_where_an_epoch_begins_gives_the_same_on_all_ranks_and_behind_restarts(runs, shape):
+    whole = runs.whole(2, f"args.shape={shape}", "args.epochs=3")
+    for epochs in (1, 2, 3):
+        made = runs.run(f"{shape} by epochs", 2, f"args.shape={shape}", f"args.epochs={epochs}")
+        assert "NOT bit-exact" not in made.outputs[0]
+    runs.assert_same(whole, made)
+    assert evaluated(made) == evaluated(whole)
+    outputs, others = evaluated(whole)
+    assert outputs == others
+
+
 @pytest.mark.parametrize("shape", ["Outside", "OutsideBehind"])
 def test_a_restart_says_that_steps_were_made_outside_of_any_loop(runs, shape):
     made = runs.run(f"{shape} told", 1, f"args.shape={shape}", stops=["step 17"])
@@ -143,6 +184,26 @@ def test_a_stop_in_a_warm_up_of_a_later_attempt_loses_nothing(runs):
     for place in ("step 9", "warm-up 0"):
         assert runs.attempt(*arguments, HPCCKPT_TEST_STOPS=place).codes == [REQUEUED]
     runs.assert_same(runs.whole(*arguments[1:]), runs.run(*arguments))
+
+
+def saved(made):
+    return [(event["epoch"], event["step"], event["reason"]) for event in made.events() if event["event"] == "saved"]
+
+
+def test_a_stop_behind_the_loop_takes_the_place_of_a_checkpoint_of_its_last_step(runs):
+    arguments = (1, "args.shape=Evaluate", "checkpoint.every_steps=6")
+    made = runs.run("last step", *arguments, stops=["poll 0.1"])
+    assert saved(made)[:3] == [(0, 6, "every_steps"), (0, 6, "stop"), (0, 6, "every_epochs")]
+    runs.assert_same(runs.whole(*arguments), made)
+
+
+def test_a_stop_before_anything_is_done_behind_a_restart_saves_nothing(runs):
+    arguments = ("at once", 1, "args.shape=PollFirst")
+    for place in ("step 3", "poll 0.1"):
+        assert runs.attempt(*arguments, HPCCKPT_TEST_STOPS=place).codes == [REQUEUED]
+    made = runs.run(*arguments)
+    assert saved(made)[:2] == [(0, 3, "stop"), (0, 6, "every_epochs")]
+    runs.assert_same(runs.whole(*arguments[1:]), made)
 
 
 def test_a_signal_behind_the_last_epoch_is_too_late_to_matter(runs):

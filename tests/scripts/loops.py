@@ -7,6 +7,7 @@ which rank that is. What was trained on at each step goes to <run_dir>/trace.<ra
 
 import copy
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -603,6 +604,60 @@ class Normalized(Training):
         self.model.train()
 
 
+class NormalizedBreak(Normalized):
+    """The loop is left by a break, and the evaluation goes around DDP, where each rank uses the statistics that it has."""
+
+    def body(self):
+        self.some_steps()
+        for number, _ in self.run.enumerate(self.held_out):
+            self.evaluate_around(number)
+            self.poll()
+
+    def some_steps(self):
+        for (x,) in self.run.batches(self.train):
+            self.step("train", x)
+            if self.run.global_step % 2 == 0:
+                break
+
+    def evaluate_around(self, number):
+        own = getattr(self.model, "module", self.model)
+        own.eval()
+        with torch.no_grad():
+            seen = own(torch.linspace(-1, 1, 4).unsqueeze(1))
+        self.trace.note("evaluated", self.epoch, number, *(value.hex() for value in seen.flatten().tolist()))
+        own.train()
+
+
+class NormalizedFirst(NormalizedBreak):
+    """Such an evaluation where an epoch begins, with no poll before."""
+
+    def body(self):
+        self.evaluate_around(0)
+        self.some_steps()
+
+    def poll(self):
+        """Leave it to the end of the epoch to have rank 0's statistics everywhere."""
+
+
+class NormalizedKept(NormalizedFirst):
+    """The loop's iterator is kept in a variable over the end of the epoch."""
+
+    def some_steps(self):
+        self.bar = self.run.batches(self.train)
+        for (x,) in self.bar:
+            self.step("train", x)
+            if self.run.global_step % 2 == 0:
+                break
+
+
+class NormalizedOutside(NormalizedFirst):
+    """Steps that belong to no loop over a loader, each rank with numbers of its own."""
+
+    def some_steps(self):
+        for _ in range(2):
+            self.step("outside", torch.randint(100, (2, 1)).float())
+
+
 class NormalizedAverage(Normalized):
     """An average whose statistics are made anew behind each epoch."""
 
@@ -666,6 +721,14 @@ class LoadsTheBest(EarlyStop):
             for parameter in self.model.parameters():
                 parameter.zero_()
         self.model.eval()
+
+
+class LeavesOnAFullDisk(EarlyStop):
+    """Leaves it where nothing larger than the ledger can be written any more."""
+
+    def behind(self):
+        if self.run.args.get("full") and self.run.is_main:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, resource.RLIM_INFINITY))
 
 
 class BreakFirst(Leaving):
@@ -746,9 +809,33 @@ def main_with_finally(arguments):
         run.close()
 
 
+def main_with_except(arguments):
+    """Be a script that closes where it has caught an error of the training."""
+    run = hpcckpt.Run.from_environment(arguments[0], arguments[1:])
+    try:
+        main(run)
+    except BaseException:
+        run.close()
+        raise
+    run.close()
+
+
+def main_behind_an_error(arguments):
+    """Be a script that makes its Run, and closes it, where it has caught an error that has nothing to do with it."""
+    try:
+        {}["a cache that is not there yet"]
+    except KeyError:
+        main_with_finally(arguments)
+
+
+def main_with_context(arguments):
+    """Be a script as it should be."""
+    with hpcckpt.Run.from_environment(arguments[0], arguments[1:]) as run:
+        main(run)
+
+
+CLOSINGS = {"with": main_with_context, "finally": main_with_finally, "except": main_with_except, "behind": main_behind_an_error}
+
+
 if __name__ == "__main__":
-    if "args.finally=true" in sys.argv:
-        main_with_finally(sys.argv[1:])
-    else:
-        with hpcckpt.Run.from_environment(sys.argv[1], sys.argv[2:]) as the_run:
-            main(the_run)
+    CLOSINGS[next((word.partition("=")[2] for word in sys.argv if word.startswith("args.closing=")), "with")](sys.argv[1:])

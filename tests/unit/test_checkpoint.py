@@ -1,14 +1,16 @@
 """What a start goes on from: a run's own checkpoints, weights of any origin, and what is refused."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from hpcckpt import save_dataparallel_checkpoint
 from hpcckpt.checkpoint import Checkpointer
 from hpcckpt.config import ResumeConfig
-from hpcckpt.data import Loops
+from hpcckpt.data import Loops, Share, make_loader
 from hpcckpt.distributed import Collectives
 from hpcckpt.errors import CheckpointCorruptError, CheckpointMismatchError
 from hpcckpt.layout import RunLayout
@@ -67,6 +69,56 @@ def test_what_was_saved_is_restored(layout):
     restored = second.checkpointer.restore(Loops())
     assert restored.place.position == Position(0, 1, epoch_finished=True)
     assert same(second.model, first.model.state_dict())
+
+
+def looped(steps, *, is_over=False):
+    """Return the loops of an epoch of four batches, behind some steps; a batch size as NumPy has it."""
+    loops = Loops()
+    loops.add(*make_loader(TensorDataset(torch.arange(8.0)), Share(0, 1, 0, 0), batch_size=np.int64(2)))
+    place, loop = loops.create(loops._loaders[0][0], 0)
+    loops.begin(place, loop, 0)
+    for _ in range(steps):
+        place.advance()
+        loops.step()
+    if is_over:
+        loops.end(place, is_exhausted=True)
+    return loops
+
+
+# What is known behind step 4, and what more of it later: nothing else differs.
+AT_FIRST = {"metrics": {"loss": 1.0}, "is_over": False, "lines": 0, "reasons": []}
+LATER = {
+    "a line of metrics": {"lines": 1},
+    "gradients that were left over": {"reasons": ["left over"]},
+    "a metric": {"metrics": {"loss": 1.0, "val": 0.5}},
+    "the end of the loop": {"is_over": True},
+}
+
+
+@pytest.mark.parametrize("later", LATER.values(), ids=LATER)
+@pytest.mark.parametrize("restarted", [False, True], ids=["in one attempt", "behind a restart"])
+def test_what_is_known_of_a_step_only_later_takes_the_place_of_its_first_checkpoint(layout, restarted, later):
+    attempt = Attempt(layout)
+
+    def save(known):
+        loops, facts = looped(4, is_over=known["is_over"]), {name: known[name] for name in ("lines", "reasons")}
+        attempt.checkpointer.save(Position(0, 4, epoch_finished=False), known["metrics"], loops, "test", facts=facts)
+        (path,) = layout.checkpoints.glob("*.pt")
+        content = torch.load(path, weights_only=True)
+        state = content["data_state"]
+        place = state["loaders"]["0"]
+        assert {"metrics": content["metrics"], "is_over": place["is_over"], "lines": state["lines"], "reasons": state["reasons"]} == known
+        return path.stat().st_ino
+
+    first = save(AT_FIRST)
+    if restarted:
+        attempt = Attempt(layout)
+        attempt.checkpointer.restore(Loops())
+    assert save(AT_FIRST) == first, "the very same was written twice"
+    second = save(AT_FIRST | later)
+    assert second != first
+    assert save(AT_FIRST | later) == second, "the very same was written twice"
+    assert [event["event"] for event in attempt.ledger.events()] == ["saved"] * 2
 
 
 WRITERS = {

@@ -3,6 +3,7 @@
 import itertools
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -60,6 +61,15 @@ def test_without_shuffle_the_order_is_that_of_the_dataset():
 def test_a_dataset_that_does_not_fill_the_last_batch_drops_it_if_asked():
     assert [len(batch) for batch in trained(loader_of(drop_last=True), 0)] == [4] * 10
     assert [len(batch) for batch in trained(loader_of(), 0)] == [4] * 10 + [1]
+
+
+@pytest.mark.parametrize("size", [np.int64(4), np.uint8(4), torch.tensor(4)], ids=lambda size: str(type(size)))
+def test_a_batch_size_may_be_a_whole_number_of_any_kind(tmp_path, size):
+    loader, _, asked = make_loader(Numbers(41), Share(0, 1, 7, 0), batch_size=size, shuffle=True)
+    assert trained(loader, 3) == trained(loader_of(), 3)
+    torch.save(asked.state(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert (state, {type(value) for value in state.values()}) == ({"asked": 4, "together": 4}, {int})
 
 
 CHANGES = {
@@ -398,8 +408,13 @@ REFUSED = {
     "endless sampler": ({"sampler": iter([1]), "shuffle": False}, "sampler: a list_iterator has no length"),
     "out of order": ({"in_order": False}, "in_order=False would hand batches over in an order that cannot be repeated"),
     "generator": ({"generator": torch.Generator()}, r"generator=… would replace the resumable order"),
-    "no batch": ({"batch_size": 0}, "batch_size=0 must be a number, at least 1"),
-    "no automatic batches": ({"batch_size": None}, "batch_size=None must be a number, at least 1"),
+    "no batch": ({"batch_size": 0}, "batch_size=0 must be a whole number, at least 1"),
+    "less than no batch": ({"batch_size": -1}, "batch_size=-1 must be a whole number, at least 1"),
+    "no whole batch": ({"batch_size": 2.5}, r"batch_size=2\.5 must be a .*number"),
+    "a whole number of another kind": ({"batch_size": np.float64(4)}, r"batch_size=.*4\.0.* must be a .*number"),
+    "a size in words": ({"batch_size": "4"}, "batch_size='4' must be a .*number"),
+    "several sizes": ({"batch_size": [4]}, r"batch_size=\[4\] must be a .*number"),
+    "no automatic batches": ({"batch_size": None}, "batch_size=None must be a whole number, at least 1"),
     "fewer samples than ranks": ({"dataset": Numbers(3), "world_size": 4}, "3 samples are too few for 4 ranks; ask for fewer tasks"),
     "nothing": ({"dataset": Numbers(0)}, "0 samples are too few for 1 ranks"),
 }

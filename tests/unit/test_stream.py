@@ -323,7 +323,7 @@ REFUSED = {
     "batch sampler": ({"batch_sampler": [[1]]}, "an iterable dataset gives its own order"),
     "workers that stay": ({"num_workers": 1, "persistent_workers": True}, "persistent_workers would keep the first epoch's state"),
     "generator": ({"generator": torch.Generator()}, "generator=… would replace the resumable order"),
-    "no batch": ({"batch_size": 0}, "batch_size=0 must be a number, at least 1"),
+    "no batch": ({"batch_size": 0}, "batch_size=0 must be a whole number, at least 1"),
 }
 
 
