@@ -85,9 +85,9 @@ class Attempt:
         # Rank 0's clock counts: clocks of ranks need not agree.
         self._next_save = time.monotonic() + minutes * 60 if minutes is not None and self._ranks.is_main else None
 
-    def note(self, text: str) -> None:
-        """Say something in the log and in the ledger, once an attempt; rank 0 does."""
-        if self._ranks.is_main and text not in self._told:
+    def note(self, text: str | None) -> None:
+        """Say something, if anything, in the log and in the ledger, once an attempt; rank 0 does."""
+        if self._ranks.is_main and text is not None and text not in self._told:
             self._told.add(text)
             self.ledger.append("note", text=text)
             print(f"hpcckpt: note: {text}", flush=True)

@@ -161,6 +161,24 @@ class Checkpointer:
         self._origin: Origin | None = None
         # Position, metrics and places: of one step's state more may be known later than when it was saved first.
         self._newest: tuple[Position, dict[str, float], dict[str, Any]] | None = None
+        # Steps and generators where the epoch began; those of the restored checkpoint until its epoch does.
+        self._begun: tuple[int, dict[str, Any]] | None = None
+        self._saved_begun: tuple[int, dict[str, Any]] | None = None
+
+    def begin_epoch(self, step: int, lines: int) -> Boundary:
+        """Note that an epoch begins; returns its boundary. Every rank must call it.
+
+        Where a restart runs the epoch's beginning again, it draws what it drew there: `begun_step` and generators are those of then.
+        """
+        boundary = self.boundary(lines)
+        self._begun, self._saved_begun = self._saved_begun or (step, boundary.rng), None
+        set_rng_state(self._begun[1])
+        return boundary
+
+    @property
+    def begun_step(self) -> int:
+        """How many steps lay behind the run where the epoch began."""
+        return 0 if self._begun is None else self._begun[0]
 
     def boundary(self, lines: int) -> Boundary:
         """Return a copy of what may change between here and the next training step."""
@@ -198,11 +216,14 @@ class Checkpointer:
                 rng_state() if boundary is None else boundary.rng,
                 self._here(),
                 portable(loops.streams(position.epoch), "the loaders' iterable datasets"),
+                None if self._begun is None or position.epoch_finished else self._begun[1],
             )
         )
+        if self._begun is not None and not position.epoch_finished:
+            data_state["begun"] = {"step": self._begun[0], "rng_state": [begun for *_, begun in of_ranks]}
         for number, loader in data_state["loaders"].items():
             if number in of_ranks[0][2]:
-                loader[STATES] = [streams[number] for _, _, streams in of_ranks]
+                loader[STATES] = [streams[number] for _, _, streams, _ in of_ranks]
         state = collected(self._ranks, self._tracked, None if boundary is None else boundary.tracked)
         self._ranks.from_main(
             lambda: self._commit(
@@ -211,8 +232,8 @@ class Checkpointer:
                 reason,
                 metrics=metrics,
                 data_state=data_state,
-                generators=[generators for generators, _, _ in of_ranks],
-                conditions=[here for _, here, _ in of_ranks],
+                generators=[generators for generators, *_ in of_ranks],
+                conditions=[here for _, here, *_ in of_ranks],
                 hyperparameters=self._given,
             )
         )
@@ -273,6 +294,7 @@ class Checkpointer:
             self._newest = place.position, place.metrics, _where(content["data_state"])
         small = self._tracked.small_state()
         put_generators_back = self._generators(content)
+        self._saved_begun = self._begun_of(content["data_state"])
         mark = marked(self._tracked.named_modules())
 
         def put_back() -> None:
@@ -317,6 +339,13 @@ class Checkpointer:
     def _seeded(self) -> Callable[[], None]:
         seed = derive_seed(self._seed, "rank", self._ranks.rank)
         return lambda: seed_all(seed)
+
+    def _begun_of(self, data_state: Mapping[str, Any]) -> tuple[int, dict[str, Any]] | None:
+        begun = data_state.get("begun")
+        # Without a loop to go on with, generators are not put back later: they have to be those of the last step.
+        if begun is None or data_state["last_loader"] is None or len(begun["rng_state"]) != self._ranks.world_size:
+            return None
+        return int(begun["step"]), copy.deepcopy(begun["rng_state"][self._ranks.rank])
 
     def _generators(self, content: dict[str, Any]) -> Callable[[], None]:
         saved = content["rng_state"]

@@ -47,7 +47,6 @@ class Run:
         run_dir: everything about the run is in it.
         restart_count: how often this job was started anew; 0 the first time.
         is_main: whether this is rank 0.
-        global_step: optimizer steps since the beginning of the run, over all attempts.
     """
 
     def __init__(self, layout: RunLayout, config: RunConfig, task: TaskEnvironment, latch: SignalLatch | None = None) -> None:
@@ -57,8 +56,7 @@ class Run:
             RendezvousError: the ranks did not find each other.
             RunDirectoryError: the run directory cannot be used; raised on every rank.
         """
-        self.rank, self.local_rank, self.node_rank = task.rank, task.local_rank, task.node_rank
-        self.world_size = task.world_size
+        self.rank, self.local_rank, self.node_rank, self.world_size = task.rank, task.local_rank, task.node_rank, task.world_size
         self.run_dir = layout.root
         self.args: DictConfig = OmegaConf.create(config.args)
         OmegaConf.set_struct(self.args, True)  # a misspelled name raises, instead of being None
@@ -74,16 +72,13 @@ class Run:
         self._latch.install()
         self.is_main = self._ranks.is_main
         self._attempt = Attempt(layout, config, task, self._ranks, self.device, self._latch, owns_latch=latch is None)
-        self._recorder = self._attempt.recorder
-        self.restart_count = self._attempt.restart_count
+        self._recorder, self.restart_count = self._attempt.recorder, self._attempt.restart_count
         self._tracked = Tracked()
-        store, ledger = self._attempt.store, self._attempt.ledger
         here = partial(conditions, self.device, config.seed, task.num_nodes)
-        self._checkpointer = Checkpointer(self._ranks, layout, store, ledger, self._tracked, config.seed, here)
+        self._checkpointer = Checkpointer(self._ranks, layout, self._attempt.store, self._attempt.ledger, self._tracked, config.seed, here)
         self._loops = Loops(self._ranks)
         self._restored: Restored | None = None
-        self._epoch = 0
-        self.global_step = 0
+        self._epoch = self._step = 0
         self._metrics: dict[str, float] = {}
         # Taken where an epoch begins and where its batches end, for as long as no step follows.
         self._boundary: Boundary | None = None
@@ -105,8 +100,13 @@ class Run:
             ConfigError, TaskEnvironmentError, RunDirectoryError, RendezvousError.
         """
         layout = RunLayout(Path(run_dir).absolute())
-        config = configuration.of_script(layout.config, layout.root.name, list(overrides))
-        return cls(layout, config, TaskEnvironment.from_environ(os.environ))
+        task = TaskEnvironment.from_environ(os.environ)
+        return cls(layout, configuration.of_script(layout.config, layout.root.name, list(overrides)), task)
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps since the beginning of the run, over all attempts; as then, where a restart runs an epoch's beginning again."""
+        return self._checkpointer.begun_step if self._loops.is_repeating else self._step
 
     def track(self, **objects: Any) -> None:
         """Have objects saved and restored under these names: models, optimizers, schedulers, anything with
@@ -150,8 +150,7 @@ class Run:
             dataset, share, batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, saved_size=saved, **arguments
         )
         self._loops.add(loader, place, size)
-        if (note := size.note(share.number, self.world_size)) is not None:
-            self._attempt.note(note)
+        self._attempt.note(size.note(share.number, self.world_size))
         return loader
 
     def tensorboard(self, log_dir: str | Path | None = None, **arguments: Any) -> Any:
@@ -183,8 +182,9 @@ class Run:
         """
         self._restore()
         self._attempt.start(total, self._epoch)
+        self._loops.settle()
         while self._epoch < total:
-            self._boundary = self._mark()
+            self._boundary = self._checkpointer.begin_epoch(self._step, self._attempt.lines(self._epoch, self._step))
             yield self._epoch
             self._end_epoch(is_last=self._epoch + 1 >= total)
             self._metrics = {}
@@ -248,11 +248,11 @@ class Run:
         """
         if self._restored is None or self._finished:
             raise UsageError("run.step: call it inside of `for epoch in run.epochs(…)`")
-        self.global_step += 1
+        self._step += 1
         self._tracked.note_trained()
         self._boundary = None
         self._loops.step()
-        due = policy.is_step_due(self.global_step, self._config.checkpoint.every_steps)
+        due = policy.is_step_due(self._step, self._config.checkpoint.every_steps)
         self._act(due="every_steps" if due else None, waits=None if self._loops.waits() is None else "")
 
     def poll(self) -> None:
@@ -277,7 +277,7 @@ class Run:
         """
         refuse_many(values)
         if self._recorder is not None and not self._loops.is_repeating:
-            self._recorder.log(self._epoch, self.global_step, values)
+            self._recorder.log(self._epoch, self._step, values)
 
     def report(self, **metrics: Any) -> None:
         """Record metrics of this epoch: in metrics.jsonl and in its checkpoint, where `checkpoint.monitor` looks; rank 0's count.
@@ -291,8 +291,8 @@ class Run:
         self._loops.stay()
         self._metrics.update(plain)
         if self._recorder is not None:
-            self._recorder.report(self._epoch, self.global_step, plain)
-            self._recorder.flush(self._epoch, self.global_step)
+            self._recorder.report(self._epoch, self._step, plain)
+            self._recorder.flush(self._epoch, self._step)
 
     def close(self) -> None:
         """Leave the other ranks in order; harmless when called twice. Every rank must call it.
@@ -303,16 +303,16 @@ class Run:
             return
         error = sys.exception()
         if error is not None and error is not self._outer_error and not self._finished:
-            self._attempt.fail(error, self._epoch, self.global_step)
+            self._attempt.fail(error, self._epoch, self._step)
             return
         try:
             if is_early := self._restored is not None and not self._finished:
                 self._leave_early()
         except BaseException as failure:
-            self._attempt.fail(failure, self._epoch, self.global_step)
+            self._attempt.fail(failure, self._epoch, self._step)
             raise
         kind = "left" if self._restored is None else "finished"
-        self._attempt.finish(kind, self._epoch, self.global_step, **({"early": True} if is_early else {}))
+        self._attempt.finish(kind, self._epoch, self._step, **({"early": True} if is_early else {}))
 
     def __enter__(self) -> Self:
         return self
@@ -321,7 +321,7 @@ class Run:
         if error is None:
             self.close()
         elif not self._attempt.is_over:
-            self._attempt.fail(error, self._epoch, self.global_step)
+            self._attempt.fail(error, self._epoch, self._step)
 
     def _restore(self) -> None:
         if self._restored is not None:
@@ -330,7 +330,7 @@ class Run:
             raise UsageError("run.epochs: nothing is tracked, so nothing would be saved; call run.track(model=…, optimizer=…) before")
         self._attempt.recording(self._checkpointer.origin())
         self._restored = restored = self._checkpointer.restore(self._loops)
-        place, self._epoch, self.global_step = restored.place, restored.origin.epoch, restored.origin.step
+        place, self._epoch, self._step = restored.place, restored.origin.epoch, restored.origin.step
         if place is not None and not place.position.epoch_finished:
             self._metrics = dict(place.metrics)
             self._loops.restore(self._epoch, place.loaders, place.last_loader, place.unplaced_steps)
@@ -340,8 +340,8 @@ class Run:
     def _end_epoch(self, *, is_last: bool) -> None:
         self._boundary = None
         self._tracked.share_buffers()
-        self._loops.end_epoch()
-        position = Position(self._epoch, self.global_step, epoch_finished=True)
+        self._attempt.note(self._loops.end_epoch())
+        position = Position(self._epoch, self._step, epoch_finished=True)
         if policy.is_epoch_due(self._epoch, self._config.checkpoint.every_epochs, is_last=is_last):
             self._save("every_epochs", position)
         if not is_last:
@@ -358,16 +358,16 @@ class Run:
     def _carry_out(self, position: Position | None = None, waits: str | None = None) -> None:
         """Do what is due, unless it has to wait, and be it that the state behind the last step is no more. Every rank must call it."""
         if waits is not None or self._due is None:
-            if waits and self._due == "stop":
+            if waits and self._due is not None:
                 self._attempt.note(waits)
             if self._recorder is not None and self._recorder.is_due:
-                self._recorder.flush(self._epoch, self.global_step)
+                self._recorder.flush(self._epoch, self._step)
         elif not self._is_disturbed():
             due, self._due = self._due, None
             if self._restored is not None:  # else there is nothing yet that the newest checkpoint does not hold
                 self._save(due, position)
             if due == "stop":
-                self._attempt.stop(self.global_step)
+                self._attempt.stop(self._step)
 
     def _is_disturbed(self) -> bool:
         """Whether the state behind the last step cannot be saved any more. Every rank must call it."""
@@ -385,16 +385,16 @@ class Run:
             how = f"not saved, because of {', '.join(changed)}, which changed since"
         else:
             self._save("left")
-        self._attempt.note(f"the training function has left its loop in epoch {self._epoch}, behind step {self.global_step}: {how}")
+        self._attempt.note(f"the training function has left its loop in epoch {self._epoch}, behind step {self._step}: {how}")
 
     def _save(self, reason: str, position: Position | None = None) -> None:
         if self._recorder is not None:
-            self._recorder.flush(self._epoch, self.global_step, durable=True)
-        lines = self._attempt.lines(self._epoch, self.global_step) if self._boundary is None else self._boundary.lines
+            self._recorder.flush(self._epoch, self._step, durable=True)
+        lines = self._attempt.lines(self._epoch, self._step) if self._boundary is None else self._boundary.lines
         facts = {"lines": 0 if position else lines, "reasons": self._loops.reasons(self._tracked.has_gradients)}
-        here = position or Position(self._epoch, self.global_step, epoch_finished=False)
+        here = position or Position(self._epoch, self._step, epoch_finished=False)
         self._checkpointer.save(here, self._metrics, self._loops, reason, self._boundary, facts)
         self._attempt.note_saved()
 
     def _mark(self) -> Boundary:
-        return self._checkpointer.boundary(self._attempt.lines(self._epoch, self.global_step))
+        return self._checkpointer.boundary(self._attempt.lines(self._epoch, self._step))

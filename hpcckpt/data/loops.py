@@ -1,5 +1,6 @@
 """Which loops over loaders are being run, and where in them the last step was made."""
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,10 @@ _LEFT_OVER = (
     "zero before it adds to them"
 )
 
+_MISSED = (
+    "NOT bit-exact: this epoch was to go on with a loop over loader {}, and the script has not come to it again before it made steps in "
+    "others: choose loaders by what is there after a restart, too"
+)
 _OVER = (
     "run.batches: this loop is over, since its epoch is, or another one over the same loader has begun; call run.batches anew in each "
     "epoch, and make two loaders for two loops at once"
@@ -35,6 +40,12 @@ class Loops:
         self._ranks = ranks
         self._loaders: list[tuple[DataLoader[Any], Place]] = []
         self._sizes: list[BatchSize] = []
+        # So many are made before the loop over epochs.
+        self._lasting: int | None = None
+        # Whether steps were made in another loop than that which was to be gone on with.
+        self._has_missed = False
+        # Batches are asked for in the thread that answers to signals.
+        self._thread = threading.get_ident()
         # Whether a loop with steps has ended behind batches that no step followed.
         self._has_left_over = False
         # Steps of this epoch that were made in no loop.
@@ -78,7 +89,10 @@ class Loops:
         for known, place in self._loaders:
             if known is loader:
                 return place
-        raise UsageError("run.batches: this DataLoader was not made by run.loader, so its position is unknown; make it with run.loader")
+        raise UsageError(
+            "run.batches: this DataLoader was not made by run.loader, or in an epoch that is over, so its position is unknown; make it "
+            "with run.loader, before run.epochs or in each epoch"
+        )
 
     def restore(self, epoch: int, loaders: Mapping[str, dict[str, Any]], last: str | None, unplaced_steps: int) -> None:
         """Put all loaders, also those that are yet to come, where a checkpoint within `epoch` has them."""
@@ -103,9 +117,14 @@ class Loops:
         Every rank must call it.
 
         Raises:
-            UsageError: its epoch is over; the ranks have samplers that give each another order.
+            UsageError: its epoch is over; another thread; the ranks have samplers that give each another order.
             CheckpointMismatchError: as `Place.begin`.
         """
+        if threading.get_ident() != self._thread:
+            raise UsageError(
+                "run.batches: ask for batches in the thread that has made the run, since a stop happens there; to fetch ahead, use "
+                "num_workers and prefetch_factor"
+            )
         if loop.epoch != epoch:
             raise UsageError(_OVER)
         is_goal = self._begin(place, loop)
@@ -142,7 +161,7 @@ class Loops:
         is_lead = place.has_stepped and place.leads
         if is_lead and not is_exhausted and any(other.began_in(place) for other in self.places):
             self._unclear = place
-        self._has_left_over |= is_exhausted and place.has_stepped and place.in_progress
+        self._has_left_over |= place.has_stepped and place.in_progress
         self._running.remove(place)
         place.end(is_exhausted=is_exhausted)
         return is_lead and not self.is_repeating
@@ -159,6 +178,8 @@ class Loops:
         self._last = None if lead is None else lead.number
         if lead is None:
             self._unplaced_steps += 1
+        elif self._resuming is not None:
+            self._has_missed = True
 
     @property
     def leads(self) -> list[Place]:
@@ -193,8 +214,10 @@ class Loops:
         for place in self.places:
             place.go_back()
 
-    def end_epoch(self) -> None:
-        """Forget the epoch's positions."""
+    def end_epoch(self) -> str | None:
+        """Forget the epoch's positions; returns why it was not gone on with exactly, if it was not."""
+        missed = _MISSED.format(self._resuming) if self._has_missed or self._resuming is not None else None
+        self._has_missed = False
         self._last = self._resuming = None
         self._unplaced_steps = 0
         self._restored = (0, {})
@@ -202,6 +225,13 @@ class Loops:
         self._unclear = None
         for place in self.places:
             place.forget()
+        if self._lasting is not None:
+            del self._loaders[self._lasting :], self._sizes[self._lasting :]
+        return missed
+
+    def settle(self) -> None:
+        """Note that the loop over epochs begins: loaders that are made from now on are those of one epoch."""
+        self._lasting = len(self._loaders)
 
     @property
     def is_between_batches(self) -> bool:

@@ -35,6 +35,9 @@ SHAPES = {
     "Nested": "a loop in the body of another one",
     "NestedBehind": "a loop in the body of another one, behind its step",
     "Turns": "steps by turns with batches of two loaders",
+    "EpochDraw": "draws where an epoch begins, which decide on its loops",
+    "ByStep": "loops that depend on the step at which the epoch began",
+    "LoaderEachEpoch": "a loader that is made in each epoch",
     "EvaluateBeforeStep": "an evaluation between a batch and its step",
     "EvaluateWithinQuiet": "an evaluation behind a step in the loop's body",
     "EvaluateWithin": "the same, with polls in it",
@@ -60,6 +63,7 @@ ON_TWO_RANKS = (
     "Break",
     "Cycle",
     "Turns",
+    "EpochDraw",
     "Sampler",
     "IterableTwice",
     "AverageOnMain",
@@ -166,11 +170,24 @@ def test_a_restart_says_that_steps_were_made_outside_of_any_loop(runs, shape):
     assert "NOT bit-exact from here on" in made.outputs[1]
 
 
-def test_a_restart_says_that_gradients_were_left_over(runs):
-    made = runs.run("left over", 1, "args.shape=LeftOver", stops=["poll 0.101"])
+@pytest.mark.parametrize("shape", ["LeftOver", "LeftOverBreak"])
+def test_a_restart_says_that_gradients_were_left_over(runs, shape):
+    made = runs.run(f"{shape} told", 1, f"args.shape={shape}", stops=["poll 0.101"])
     reason = "batches came behind the last step of a loop: gradients that were accumulated from them begin anew"
     assert f"NOT bit-exact from here on: {reason}" in made.outputs[1]
     assert "NOT bit-exact" not in made.outputs[0]
+
+
+def test_a_script_that_does_not_come_back_to_the_loop_is_told_so(runs):
+    made = runs.run("missed", 1, "args.shape=Missed", stops=["step 2"])
+    assert "note: NOT bit-exact: this epoch was to go on with a loop over loader 0, and the script has not come to it" in made.outputs[1]
+    assert "NOT bit-exact" not in made.outputs[0]
+
+
+def test_batches_are_refused_to_another_thread(runs):
+    attempt = runs.attempt("thread", 1, "args.shape=InAThread")
+    assert attempt.codes == [1]
+    assert "UsageError: run.batches: ask for batches in the thread that has made the run" in attempt.outputs[0]
 
 
 def test_a_stop_in_a_loop_within_another_one_waits_for_that_one_and_says_so(runs):

@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -384,6 +385,78 @@ class Turns(Training):
                     other = next(others)
                 self.step("second", *other)
         self.evaluate()
+
+
+class EpochDraw(Training):
+    """Where an epoch begins it is drawn how its batches are scaled, and which loader comes first (each rank draws for itself)."""
+
+    def body(self):
+        scale = float(torch.rand(1))
+        for number in torch.randperm(2).tolist() if self.run.world_size == 1 else (0, 1):
+            for (x,) in self.run.batches((self.train, self.other)[number]):
+                self.step(f"loader {number}", x * (1 + scale))
+
+
+class ByStep(Training):
+    """The loader, and where its loop is left, depend on the step at which the epoch began."""
+
+    def body(self):
+        start = self.run.global_step
+        self.poll()
+        for (x,) in self.run.batches(self.train if start < 4 else self.other):
+            self.step("a part", x)
+            if self.run.global_step - start >= 4:
+                break
+        self.evaluate()
+
+
+class LoaderEachEpoch(Training):
+    """A loader that is made anew in each epoch."""
+
+    def body(self):
+        loader = self.run.loader(numbers(0, 12), 2, shuffle=True)
+        self.poll()
+        for (x,) in self.run.batches(loader):
+            self.step("new", x)
+        self.one_loop()
+
+
+class Missed(Training):
+    """The loader depends on something that is not the same after a restart."""
+
+    def body(self):
+        for (x,) in self.run.batches(self.other if self.run.restart_count else self.train):
+            self.step("either", x)
+
+
+class InAThread(Training):
+    """Batches are fetched ahead by a thread."""
+
+    def body(self):
+        failures = []
+
+        def fetch():
+            try:
+                next(self.run.batches(self.train))
+            except hpcckpt.errors.UsageError as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=fetch)
+        thread.start()
+        thread.join()
+        raise failures[0]
+
+
+class LeftOverBreak(Training):
+    """The same, where the loop is left within an accumulation."""
+
+    def body(self):
+        for number, (x,) in self.run.enumerate(self.train):
+            self.loss(x).backward()
+            if number % 2:
+                self.step("accumulated", x, backward=False)
+            if number == 4:
+                break
 
 
 class EvaluateWithin(Training):
