@@ -171,8 +171,11 @@ class Checkpointer:
         Where a restart runs the epoch's beginning again, it draws what it drew there: `begun_step` and generators are those of then.
         """
         boundary = self.boundary(lines)
-        self._begun, self._saved_begun = self._saved_begun or (step, boundary.rng), None
-        set_rng_state(self._begun[1])
+        self._begun, self._saved_begun = self._saved_begun, None
+        if self._begun is None:
+            self._begun = step, boundary.rng
+        else:
+            set_rng_state(self._begun[1])
         return boundary
 
     @property
