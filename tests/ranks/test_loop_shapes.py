@@ -82,7 +82,8 @@ def stopped_everywhere(runs, shape, world):
     whole = runs.whole(world, f"args.shape={shape}")
     for number, stops in enumerate(chains(whole.places(), shape)[0 if CHAOS else -1 :]):
         made = runs.run(f"{shape} {world} {number}", world, f"args.shape={shape}", stops=stops)
-        assert len(made.outputs) > 1, "it was not stopped"
+        # One alone may come too late to matter.
+        assert len(made.outputs) > 1 or len(stops) == 1, "it was not stopped"
         runs.assert_same(whole, made)
 
 
@@ -146,7 +147,8 @@ def test_an_evaluation_around_ddp_behind_a_break_gives_the_same_on_all_ranks_and
     assert len({line.split(maxsplit=2)[2] for line in outputs}) == 3, "not another model in each epoch"
     for number, stops in enumerate(chains([place for place in whole.places() if place.startswith("poll")], "NormalizedBreak")):
         made = runs.run(f"NormalizedBreak {number}", 2, "args.shape=NormalizedBreak", stops=stops)
-        assert len(made.outputs) > 1, "it was not stopped"
+        # One alone may come too late to matter.
+        assert len(made.outputs) > 1 or len(stops) == 1, "it was not stopped"
         assert evaluated(made) == [outputs] * 2
         runs.assert_same(whole, made)
 
