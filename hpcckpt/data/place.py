@@ -164,7 +164,7 @@ class Place(ABC):
 
     def end(self, *, is_exhausted: bool = True) -> None:
         """Note that the loop is over, by its end or by a break: a loop in which steps were made is not entered again."""
-        if self._stepped or (self.is_resumed and is_exhausted):
+        if self.has_stepped:
             self._left = None if is_exhausted else self.position(self._epoch)
             self._position = self._marked(self._over(), is_over=True)
         loop, self.loop = self.loop, None

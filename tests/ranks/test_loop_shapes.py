@@ -192,6 +192,13 @@ def test_batches_are_refused_to_another_thread(runs):
     assert "UsageError: run.batches: ask for batches in the thread that has made the run" in attempt.outputs[0]
 
 
+def test_a_loop_that_is_left_without_a_step_behind_a_restart_is_over(runs):
+    whole = runs.whole(1, "args.shape=BreakBeforeTheStep")
+    made = runs.run("left without a step", 1, "args.shape=BreakBeforeTheStep", stops=["step 3", "step 4"])
+    assert len(made.outputs) == 3
+    runs.assert_same(whole, made)
+
+
 def test_a_stop_in_a_loop_within_another_one_waits_for_that_one_and_says_so(runs):
     made = runs.run("nested told", 1, "args.shape=Nested", stops=["step 2"])
     assert "note: a stop waits for the next batch of loader 1, or the end of its loop, whose body this is" in made.outputs[0]

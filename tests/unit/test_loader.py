@@ -198,6 +198,8 @@ def test_a_loader_that_was_restored_and_begun_without_a_step_keeps_its_position(
     cursor.advance()
     assert position_of(cursor, 3) == at(8)
     cursor.end(is_exhausted=False)
+    assert position_of(cursor, 3) == at(41)  # it was left by a break
+    cursor.go_back()
     assert position_of(cursor, 3) == at(8)
 
 
