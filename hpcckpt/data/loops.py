@@ -42,8 +42,8 @@ class Loops:
         self._sizes: list[BatchSize] = []
         # So many are made before the loop over epochs.
         self._lasting: int | None = None
-        # Whether steps were made in another loop than that which was to be gone on with.
-        self._has_missed = False
+        # The loader whose loop was to be gone on with, where steps were made in another one before.
+        self._missed: str | None = None
         # Batches are asked for in the thread that answers to signals.
         self._thread = threading.get_ident()
         # Whether a loop with steps has ended behind batches that no step followed.
@@ -179,7 +179,7 @@ class Loops:
         if lead is None:
             self._unplaced_steps += 1
         elif self._resuming is not None:
-            self._has_missed = True
+            self._missed, self._resuming = self._resuming, None
 
     @property
     def leads(self) -> list[Place]:
@@ -216,9 +216,8 @@ class Loops:
 
     def end_epoch(self) -> str | None:
         """Forget the epoch's positions; returns why it was not gone on with exactly, if it was not."""
-        missed = _MISSED.format(self._resuming) if self._has_missed or self._resuming is not None else None
-        self._has_missed = False
-        self._last = self._resuming = None
+        missed = self._missed or self._resuming
+        self._last = self._resuming = self._missed = None
         self._unplaced_steps = 0
         self._restored = (0, {})
         self._running.clear()
@@ -227,7 +226,7 @@ class Loops:
             place.forget()
         if self._lasting is not None:
             del self._loaders[self._lasting :], self._sizes[self._lasting :]
-        return missed
+        return None if missed is None else _MISSED.format(missed)
 
     def settle(self) -> None:
         """Note that the loop over epochs begins: loaders that are made from now on are those of one epoch."""

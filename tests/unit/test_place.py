@@ -444,6 +444,16 @@ def test_a_run_that_is_left_with_nothing_behind_its_loops_knows_where_they_were(
     assert [attempt.loops.data_state(0)["loaders"][number]["is_over"] for number in "10"] == [False, False]
 
 
+def test_steps_in_another_loop_than_that_to_go_on_with_are_told_and_end_the_repetition():
+    state, _ = Attempt([Train(0)], State(), 1).go()
+    attempt = Attempt([], state)
+    attempt.run(Train(1))
+    assert not attempt.loops.is_repeating
+    attempt.run(Train(0))
+    assert "this epoch was to go on with a loop over loader 0, and" in attempt.loops.end_epoch()
+    assert attempt.loops.end_epoch() is None
+
+
 def test_an_iterator_that_is_kept_beyond_its_loop_is_refused():
     attempt = Attempt([], State())
     first = attempt.batches(1)
