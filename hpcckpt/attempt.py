@@ -1,26 +1,42 @@
 """One attempt of a run, on one rank: how it begins, what it says, and the ways in which it ends."""
 
 import os
-import shlex
 import socket
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 
-from hpcckpt import requeue
+from hpcckpt import policy, scheduler
 from hpcckpt.config import RunConfig
 from hpcckpt.distributed import Agreement, Ranks, Wish
 from hpcckpt.environment import TaskEnvironment
+from hpcckpt.errors import CheckpointSaveError, FencedError
 from hpcckpt.layout import RunLayout
 from hpcckpt.origin import Origin, Restored
 from hpcckpt.recorder import Recorder
+from hpcckpt.requeue import LOCAL_REQUEUE_EXIT_CODE, Requeue, Stop
 from hpcckpt.signals import SignalLatch
 from hpcckpt.store.checkpoints import CheckpointStore
 from hpcckpt.store.durable import make_private_directory
 from hpcckpt.store.ledger import Ledger
+from hpcckpt.watch import Watch
+
+# How long accounting may take to tell what became of an attempt that ended without a word.
+ACCOUNTING_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Launched:
+    """What a launcher hands over to the run that it starts."""
+
+    # Installed before torch was imported, which takes seconds.
+    latch: SignalLatch
+    # As `Requeue` takes it.
+    adopt: Callable[[str], object]
 
 
 class Attempt:
@@ -34,23 +50,28 @@ class Attempt:
         ranks: Ranks,
         device: torch.device,
         latch: SignalLatch,
-        *,
-        owns_latch: bool,
+        launched: Launched | None = None,
     ) -> None:
         self._layout, self._config, self._task = layout, config, task
         self._ranks, self._device = ranks, device
         self._latch = latch
-        # Not a latch that was handed in: behind it are submitit's handlers, which requeue.
-        self._owns_latch = owns_latch
+        # Not a latch that was handed over: behind it are submitit's handlers, which requeue.
+        self._owns_latch = launched is None
         self.ledger = Ledger(layout.events)
         self.store = CheckpointStore.configured(layout, config.checkpoint)
-        self.restart_count, generation = ranks.from_main(self._claimed)
+        self._requeue = Requeue(layout, self.ledger, task, config.requeue, self.store, None if launched is None else launched.adopt)
+        self.is_over = False
+        self.restart_count, generation, refusal = ranks.from_main(self._claimed)
+        self.ledger.generation = generation
+        if refusal is not None:
+            self._refuse_to_train(refusal)
         self.recorder = Recorder(layout, config.name) if ranks.is_main else None
         self.agreement = Agreement(ranks.store, task.rank, task.world_size, name=f"agreement {generation}")
-        self.is_over = False
+        self._watch = Watch(layout.stop, latch, self._killed_in_s, self._overdue) if ranks.is_main else None
         self._next_save: float | None = None
         self._is_recording = False
         self._told: set[str] = set()
+        self._saved = "nothing was saved"
 
     def recording(self, origin: Origin) -> Recorder | None:
         """Return rank 0's recorder; from the first call on its file goes on where the run does."""
@@ -78,6 +99,26 @@ class Attempt:
         elif self._next_save is not None and time.monotonic() >= self._next_save:
             self.agreement.wish("save")
         return self.agreement.tick()
+
+    @contextmanager
+    def saving(self, reason: str, step: int) -> Iterator[None]:
+        """Within it a checkpoint is saved, for `reason`. Every rank must enter it.
+
+        At a stop a save that fails (a full disk) is told and no more: the run goes on from the one before, and where it cannot save again
+        and again, it ends by requeue.max_stalled.
+        """
+        self._saved = f"saved at step {step}"
+        try:
+            yield
+        except CheckpointSaveError as error:
+            if reason != "stop":
+                raise
+            self._saved = f"step {step} could not be saved"
+            if self._ranks.is_main:
+                self.ledger.append("save_failed", step=step, error=str(error))
+                print(f"hpcckpt: {error}; going on from the checkpoint before", flush=True)
+        else:
+            self.note_saved()
 
     def note_saved(self) -> None:
         """Note that a checkpoint was taken: the next `checkpoint.every_minutes` begin."""
@@ -119,6 +160,9 @@ class Attempt:
     def finish(self, kind: str, epoch: int, step: int, **facts: object) -> None:
         """End in order; `kind` is the ledger's word for it. Every rank must call it."""
         self.is_over = True
+        if self._watch is not None:
+            self._watch.close()
+            self._watch.take_back()
         self._disconnect()
         if self.recorder is not None:  # behind the barrier: now all ranks are through
             self.recorder.flush(epoch, step)
@@ -132,24 +176,39 @@ class Attempt:
     def stop(self, step: int) -> NoReturn:
         """End behind a checkpoint, requeued or with the reason why not. Every rank must call it.
 
+        Order, on all ranks: rank 0 decides and all hear it -> all leave the process group -> the others exit -> rank 0 asks for the next
+        attempt and exits. The request comes last because Slurm answers it with SIGTERM for every process.
+
         Raises:
-            SystemExit: always, but for what `requeue.decide` and `requeue.leave` raise.
+            SystemExit: else always; 0 where another attempt follows (144 under submitit's local launcher, which starts it then).
+            FencedError: a newer attempt has taken over; nothing was asked for or noted. On every rank, or on rank 0 alone.
         """
-        stop = requeue.decide(self._ranks, self._task, self._config.requeue, self.ledger, self.store, self._latch.received(), step)
+        received, waited_s = zip(*self._ranks.gather((self._latch.received(), self._latch.waited_s())), strict=True)
+        stop: Stop = self._ranks.from_main(
+            lambda: self._requeue.decide({name for names in received for name in names}, step, round(max(waited_s), 3))
+        )
         self.is_over = True
         self._disconnect()
-        # A script of one's own has no configuration there. Relative paths are those of the directory it was submitted from.
-        submitted = f"cd {shlex.quote(os.getcwd())} && python -m hpcckpt.submit conf={shlex.quote(str(self._layout.config))}"
-        how_to_go_on = f"To go on: {submitted if self._layout.config.is_file() else 'start the same command again'}"
         # The signals stay latched: a second one must be harmless on the way out.
-        requeue.leave(stop, self._task, self._config.requeue, self.ledger, self.store, step, how_to_go_on)
+        if self._watch is None:
+            # Rank 0's code is the job's: a bad one from here would let srun kill rank 0 before it has asked.
+            raise SystemExit(LOCAL_REQUEUE_EXIT_CODE if self._task.launcher == "local" and stop.decision.requeue else 0)
+        self._watch.take_back()
+        code = self._requeue.go_on(stop.cause, stop.decision, self._saved)
+        self._watch.close()
+        raise SystemExit(code)
 
     def fail(self, error: BaseException, epoch: int, step: int) -> None:
         """End on this rank alone. The others learn of it from their next collective: this process ends, and with it its connections."""
         self.is_over = True
+        if self._watch is not None:
+            self._watch.close()
         if not isinstance(error, Exception):  # the script's own SystemExit, or Ctrl-C: the process ends at once
+            self.agreement.close(timeout_s=1)  # who waits for this rank is told
             return
-        self.ledger.append("failed", rank=self._ranks.rank, step=step, error=f"{type(error).__name__}: {error}")
+        # An attempt that was overtaken has not failed: it is not wanted any more.
+        kind = "fenced" if isinstance(error, FencedError) else "failed"
+        self.ledger.append(kind, rank=self._ranks.rank, step=step, error=f"{type(error).__name__}: {error}")
         if self.recorder is not None:
             with suppress(OSError):
                 self.recorder.flush(epoch, step)
@@ -160,27 +219,77 @@ class Attempt:
             self._ranks.close()
         self._restore_signals()
 
-    def _claimed(self) -> tuple[int, int]:
-        """Claim the run directory and write the ledger's first line of this attempt; returns (restart_count, generation). Rank 0."""
+    def _killed_in_s(self, signals: set[str]) -> float | None:
+        return self._requeue.killed_in_s(signals, self._latch.waited_s())
+
+    def _overdue(self, signals: set[str]) -> None:
+        """Go on from the newest checkpoint, since the job's time is over before all ranks have come to the stop. Rank 0's watch."""
+        where = self.agreement.whereabouts_text()
+        self.ledger.append("overdue", signals=sorted(signals), where=where)
+        print(f"hpcckpt: the job's time is over before all ranks have come to the stop: {where}", flush=True)
+        stop = self._requeue.decide(signals, None)
+        if self._watch is not None:
+            self._watch.take_back()
+        self._requeue.go_on(stop.cause, stop.decision, "what was saved last is what there is")
+
+    def _refuse_to_train(self, refusal: policy.StopDecision) -> NoReturn:
+        """End an attempt that should not have been started. Every rank must call it."""
+        self._ranks.close()
+        if self._task.rank == 0:
+            self._requeue.go_on("failure", refusal, "nothing was done")
+            self.store.release()
+        self._restore_signals()
+        raise SystemExit(refusal.exit_code)
+
+    def _note_lost(self, lost: Mapping[str, Any]) -> None:
+        """Note what became of an attempt that ended without a word, as far as Slurm tells."""
+        job_id = self._task.job_id
+        restarted = job_id is not None and lost.get("job_id") == job_id
+        told = scheduler.former_state(str(job_id), ACCOUNTING_TIMEOUT_S) if restarted and self._task.incarnation else ""
+        self.ledger.append("lost", generation=lost.get("generation"), fate=policy.fate_of(told), state=told, restarted=restarted)
+
+    def _refusal(self) -> policy.StopDecision | None:
+        """Return why a job that Slurm has started again should not train."""
+        task = self._task
+        if task.job_id is None or not task.incarnation or not task.incarnation[0]:
+            return None  # somebody has started it, and means it
+        events, config = self.ledger.events(), self._config.requeue
+        return policy.decide_start(
+            requeues=policy.count_requeues(events),
+            max_requeues=config.max_requeues,
+            stalled=policy.count_stalled(events),
+            max_stalled=config.max_stalled,
+        )
+
+    def _claimed(self) -> tuple[int, int, policy.StopDecision | None]:
+        """Claim the run directory and write the ledger's first line of this attempt.
+
+        Returns (restart_count, generation, why it should not train). Rank 0.
+        """
         task = self._task
         make_private_directory(self._layout.root)
         generation = self.store.claim(task.job_id, task.incarnation)
+        events = self.ledger.events()
+        last, word = policy.last_attempt(events)
+        if last is not None and word is None:
+            self._note_lost(last)
+        refusal = self._refusal()
         restart_count = task.restart_count
         if restart_count is None:
-            attempts = [event for event in self.ledger.events() if event["event"] == "attempt"]
-            restart_count = sum(event.get("job_id") == task.job_id for event in attempts)
+            restart_count = sum(event["event"] == "attempt" and event.get("job_id") == task.job_id for event in events)
+        self.ledger.generation = generation
         self.ledger.append(
             "attempt",
-            generation=generation,
             job_id=task.job_id,
             restart_count=restart_count,
+            incarnation=list(task.incarnation),
             world_size=task.world_size,
             num_nodes=task.num_nodes,
             host=socket.gethostname(),
             pid=os.getpid(),
             device=str(self._device),
         )
-        return restart_count, generation
+        return restart_count, generation, refusal
 
     def _disconnect(self) -> None:
         self._ranks.barrier()
@@ -189,4 +298,5 @@ class Attempt:
 
     def _restore_signals(self) -> None:
         if self._owns_latch:
-            self._latch.restore()
+            # A script may go on for long behind its run, and Slurm's warning comes to it all the same.
+            self._latch.restore(spare=self._task.job_id is not None)

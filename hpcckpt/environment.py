@@ -14,7 +14,7 @@ from hpcckpt.errors import TaskEnvironmentError
 Launcher = Literal["slurm", "local", "torchrun", "single"]
 
 # Options that sbatch takes from its environment with precedence over the script, and that the requeue depends on.
-_OVERRIDING_SBATCH = frozenset({"SBATCH_SIGNAL", "SBATCH_REQUEUE", "SBATCH_NO_REQUEUE", "SBATCH_OPEN_MODE"})
+_OVERRIDING_SBATCH = frozenset({"SBATCH_SIGNAL", "SBATCH_REQUEUE", "SBATCH_NO_REQUEUE", "SBATCH_OPEN_MODE", "SBATCH_ARRAY_INX"})
 
 # Where the controller is, which cluster is meant, and who the user is: not of an allocation.
 _KEPT_SLURM = frozenset({"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"})
@@ -70,16 +70,22 @@ class TaskEnvironment:
             )
         return task
 
-    def check_against(self, nodes: int, tasks_per_node: int) -> None:
+    def check_against(self, nodes: int | str, tasks_per_node: int) -> None:
         """Compare with what the configuration asked for; torchrun and single processes bring their own sizes.
+
+        Args:
+            nodes: a number, or a range as `node_range` reads it.
+            tasks_per_node: on each of them.
 
         Raises:
             TaskEnvironmentError: Slurm started another number of tasks than was asked.
         """
-        asked = nodes * tasks_per_node
-        if self.launcher in ("slurm", "local") and self.world_size != asked:
+        least, most = node_range(nodes)
+        asked = range(least * tasks_per_node, most * tasks_per_node + 1, tasks_per_node)
+        if self.launcher in ("slurm", "local") and self.world_size not in asked:
+            text = f"{asked[0]}" if least == most else f"{asked[0]} to {asked[-1]} in steps of {tasks_per_node}"
             raise TaskEnvironmentError(
-                f"{self.world_size} tasks were started, but the configuration asks for {asked} "
+                f"{self.world_size} tasks were started, but the configuration asks for {text} "
                 f"(slurm.nodes={nodes} x slurm.tasks_per_node={tasks_per_node}): "
                 "was the script started by hand, or does slurm.extra change the number of tasks?"
             )
@@ -121,7 +127,7 @@ def _from_torchrun(environ: Mapping[str, str]) -> TaskEnvironment:
         world_size=world_size,
         local_world_size=local_world_size,
         num_nodes=_number(environ, "GROUP_WORLD_SIZE", max(world_size // max(local_world_size, 1), 1)),
-        job_id=environ.get("SLURM_JOB_ID"),
+        job_id=slurm_job_id(environ),
         restart_count=_number(environ, "TORCHELASTIC_RESTART_COUNT", 0),
         incarnation=(_number(environ, "SLURM_RESTART_COUNT", 0), _number(environ, "TORCHELASTIC_RESTART_COUNT", 0)),
         first_host=environ.get("MASTER_ADDR", "127.0.0.1"),
@@ -152,8 +158,6 @@ def _from_slurm(environ: Mapping[str, str]) -> TaskEnvironment:
             f"SLURM_NODEID={node_rank}, SLURM_TASKS_PER_NODE={tasks} and {world_size} tasks contradict each other: "
             "variables of another allocation are in the environment; submit from a clean shell"
         )
-    array = environ.get("SLURM_ARRAY_JOB_ID")
-    job_id = f"{array}_{environ.get('SLURM_ARRAY_TASK_ID', '')}" if array else environ["SLURM_JOB_ID"]
     nodelist = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "127.0.0.1"
     return TaskEnvironment(
         launcher="slurm",
@@ -163,12 +167,33 @@ def _from_slurm(environ: Mapping[str, str]) -> TaskEnvironment:
         world_size=world_size,
         local_world_size=tasks[node_rank],
         num_nodes=len(tasks),
-        job_id=job_id,
+        job_id=slurm_job_id(environ),
         restart_count=_number(environ, "SLURM_RESTART_COUNT", 0),
         incarnation=(_number(environ, "SLURM_RESTART_COUNT", 0),),
         step_id=environ.get("SLURM_STEP_ID", "0"),
         first_host=first_host(nodelist),
     )
+
+
+def slurm_job_id(environ: Mapping[str, str]) -> str | None:
+    """Return what `scontrol requeue` takes: an array's task as 123_4, of a heterogeneous job the leader; None outside of Slurm."""
+    array = environ.get("SLURM_ARRAY_JOB_ID")
+    if array:
+        return f"{array}_{environ.get('SLURM_ARRAY_TASK_ID', '')}"
+    return environ.get("SLURM_JOB_ID_HET_GROUP_0") or environ.get("SLURM_JOB_ID")
+
+
+def node_range(nodes: int | str) -> tuple[int, int]:
+    """Return the least and the largest number of nodes: 2 is (2, 2), "2-4" is (2, 4).
+
+    Raises:
+        TaskEnvironmentError: `nodes` is neither, or the range is empty.
+    """
+    match = re.fullmatch(r"([1-9][0-9]{0,6})(?:-([1-9][0-9]{0,6}))?", str(nodes))
+    least, most = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+    if least > most:
+        raise TaskEnvironmentError(f"{nodes!r} is neither a number of nodes from 1 on nor a range of them, as in 2-4")
+    return least, most
 
 
 def expand_tasks_per_node(text: str) -> list[int]:

@@ -7,7 +7,8 @@ Each error is also the builtin a caller would expect, so ``except OSError`` and 
     ├── TaskEnvironmentError      (ValueError)         the launcher's variables contradict each other
     ├── RunDirectoryError         (OSError)            the run directory cannot be used
     ├── SchedulerError            (OSError)            a Slurm command failed
-    │   └── SubmissionError                            sbatch refused the job
+    │   ├── SubmissionError                            sbatch refused the job
+    │   └── RequeueForbiddenError                      Slurm allows no requeue of this job
     ├── RendezvousError           (TimeoutError)       the ranks did not find each other
     ├── AgreementError            (TimeoutError)       the ranks did not agree where to stop
     ├── RankFailedError           (RuntimeError)       another rank raised; its message is passed on
@@ -45,6 +46,10 @@ class SchedulerError(HpcckptError, OSError):
 
 class SubmissionError(SchedulerError):
     """The scheduler refused the job; its own message is passed on."""
+
+
+class RequeueForbiddenError(SchedulerError):
+    """Slurm allows no requeue of this job; its own message is passed on."""
 
 
 class RendezvousError(HpcckptError, TimeoutError):

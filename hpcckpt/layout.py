@@ -31,6 +31,11 @@ class RunLayout:
         return self.root / "resume.json"
 
     @property
+    def stop(self) -> Path:
+        """Made by a user: the run saves, and ends; with `requeue` in it, saves and goes on in another attempt."""
+        return self.root / "stop"
+
+    @property
     def logs(self) -> Path:
         """The folder of submitit: scripts, pickles, stdout and stderr of every rank."""
         return self.root / "logs"

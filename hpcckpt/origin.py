@@ -17,6 +17,7 @@ from hpcckpt.store import resume
 from hpcckpt.store.checkpoints import CheckpointStore
 from hpcckpt.store.durable import reading
 from hpcckpt.store.ledger import Ledger
+from hpcckpt.store.view import PATIENCE_S, await_last_save
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def choose(layout: RunLayout, store: CheckpointStore, ledger: Ledger) -> Origin:
     Raises:
         CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError.
     """
+    _await_view(layout, store, ledger)
     request = resume.apply(layout, store)
     newest = store.recover(lambda problem: ledger.append("damaged", problem=problem))
     if newest is not None:
@@ -89,6 +91,16 @@ def choose(layout: RunLayout, store: CheckpointStore, ledger: Ledger) -> Origin:
     if request["weights_only"]:
         return Origin(path, weights_only=True, strict=bool(request.get("strict", True)))
     return _peeked(path, layout)
+
+
+def _await_view(layout: RunLayout, store: CheckpointStore, ledger: Ledger) -> None:
+    took_s = await_last_save(layout, ledger.events(), store.generation)
+    if took_s is None or took_s > 1:
+        how = (
+            f"not to be seen here in {PATIENCE_S:g} s; going on from what is" if took_s is None else f"to be seen here after {took_s:.0f} s"
+        )
+        ledger.append("stale", took_s=took_s)
+        print(f"hpcckpt: note: {layout.latest}: the last save of the attempt before was {how}", flush=True)
 
 
 def read(path: Path, layout: RunLayout, use: Callable[[Any], Any]) -> Any:

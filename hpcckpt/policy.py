@@ -12,13 +12,38 @@ from typing import Any, Literal
 EXIT_NOT_REQUEUED = 75
 # A run that gave up by itself; other than 1, which is a traceback.
 EXIT_GAVE_UP = 76
+EXIT_FAILED = 1
 # What the shell reports for a process that SIGTERM ended.
 EXIT_CANCELLED = 143
 
-# How much earlier than asked the warning before a time limit may be acted on: Slurm's own 60 s, and a long step.
-SLACK_S = 90
+# What the stop file says, among the names of signals.
+STOP_FILE = "stop file"
+REQUEUE_FILE = "stop file: requeue"
 
-Cause = Literal["time_limit", "preemption", "cancelled", "by_hand", "terminated"]
+# Events that end an attempt in the ledger.
+_LAST_WORDS = frozenset({"requeue", "ended", "failed", "finished", "left", "lost"})
+
+# How much earlier than asked Slurm may send the warning before a time limit, and how much later it may be acted on: a long step.
+SLURM_EARLY_S = 60
+SLACK_S = SLURM_EARLY_S + 30
+
+# How long before the end of its job's time rank 0 asks for the next attempt, whether or not all ranks have come to the stop by then.
+RESERVE_S = 5.0
+
+# How long Slurm leaves a job between SIGTERM and SIGKILL, at least: KillWait, 30 s by default.
+KILL_WAIT_S = 10.0
+
+# Why a running attempt is asked to stop.
+# requeued: Slurm has done so already, as it does where a preemption has no grace time, or an operator has.
+Cause = Literal["time_limit", "preemption", "requeued", "cancelled", "by_hand", "stop_file", "terminated"]
+# Why an attempt came to its end, and be it without a word.
+Fate = Literal["time_limit", "preemption", "cancelled", "node_failure", "out_of_memory", "failure", "killed"]
+
+# How `sacct` calls a job's end, and what it was. REQUEUED: by scontrol, so by the run itself or an operator.
+_FATES: Mapping[str, Fate] = {
+    "NODE_FAIL": "node_failure", "BOOT_FAIL": "node_failure", "OUT_OF_MEMORY": "out_of_memory", "PREEMPTED": "preemption",
+    "TIMEOUT": "time_limit", "DEADLINE": "time_limit", "CANCELLED": "cancelled", "FAILED": "failure",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -96,31 +121,57 @@ def is_step_due(step: int, every_steps: int | None) -> bool:
     return every_steps is not None and step % every_steps == 0
 
 
-def stop_cause(signals: Collection[str], job: Mapping[str, str] | None, remaining_s: float | None, lead_time_s: int) -> Cause:
+def stop_cause(
+    signals: Collection[str], job: Mapping[str, str] | None, remaining_s: float | None, lead_time_s: int, start: int | None = None
+) -> Cause:
     """Return why a rank was signalled.
 
-    Slurm shows a job that is preempted as RUNNING with a PreemptTime, and one that was cancelled or has run out of time as
-    COMPLETING already while its processes still have their KillWait; what is left of its time tells those two apart
-    (measured, see docs/decisions/0003-causes.md).
+    Slurm shows a job in the grace time of a preemption as RUNNING with a PreemptTime. One that was cancelled, has run out of time, or is
+    preempted without a grace time is COMPLETING already while its processes still have their KillWait; what is left of its time, and
+    how often it was started, tell those apart (measured, see docs/decisions/0003-causes.md).
 
     Args:
-        signals: names without SIG, of what any rank has received.
+        signals: names without SIG, of what any rank has received; `STOP_FILE` and `REQUEUE_FILE` for what the stop file says.
         job: `scontrol show job`, or None where there is no Slurm or it did not answer.
         remaining_s: seconds to the job's time limit, or None where unknown.
         lead_time_s: `requeue.lead_time_s`; Slurm looks every 30 s and sends the signal up to 60 s earlier.
+        start: which start of the job this is; None: not known.
     """
     fields = job or {}
     state = fields.get("JobState", "")
+    restarts = fields.get("Restarts", "")
+    if start is not None and restarts.isdigit() and int(restarts) > start:
+        return "requeued"
     over = remaining_s is not None and remaining_s <= 0
-    # First: a job that is cancelled while it is being preempted shows both. And what Slurm requeues after a preemption's grace
-    # time, it requeues itself.
-    if state.startswith("CANCELLED") or (state == "COMPLETING" and not over):
+    preempted = fields.get("PreemptTime", "None") not in ("None", "Unknown", "N/A", "")
+    ends_by_preemption = preempted and fields["PreemptTime"] == fields.get("EndTime")
+    # First: a job that is cancelled within the grace time of its preemption shows both.
+    if state.startswith("CANCELLED") or (state == "COMPLETING" and not over and not ends_by_preemption):
         return "cancelled"
-    if fields.get("PreemptTime", "None") not in ("None", "Unknown", "N/A", ""):
+    if STOP_FILE in signals:
+        return "stop_file"
+    if preempted:
         return "preemption"
     if remaining_s is not None and remaining_s <= lead_time_s + SLACK_S:
         return "time_limit"
     return "by_hand" if set(signals) - {"TERM"} else "terminated"
+
+
+def killed_in_s(cause: Cause, remaining_s: float | None, end_s: float | None, signalled_s: float, lead_time_s: int) -> float | None:
+    """Return in how many seconds, at the latest, Slurm ends the processes of a job that has been signalled; None where unknown.
+
+    Args:
+        cause: why it was.
+        remaining_s: to the time limit.
+        end_s: to the EndTime that Slurm shows, which for a job in preemption is the end of its grace time.
+        signalled_s: since the signal.
+        lead_time_s: of the warning before a time limit: what there is at least where Slurm does not answer.
+    """
+    if cause == "preemption" and end_s is not None:
+        return end_s if end_s > 0 else max(0.0, end_s + KILL_WAIT_S)
+    if cause in ("time_limit", "by_hand") and remaining_s is not None:
+        return remaining_s
+    return lead_time_s - signalled_s if cause == "time_limit" else None
 
 
 @dataclass(frozen=True)
@@ -132,11 +183,11 @@ class StopDecision:
     exit_code: int
 
 
-def decide_stop(cause: Cause, *, enabled: bool, requeues: int, max_requeues: int, stalled: int, max_stalled: int) -> StopDecision:
+def decide_stop(cause: Cause | Fate, *, enabled: bool, requeues: int, max_requeues: int, stalled: int, max_stalled: int) -> StopDecision:
     """Return whether the run goes on in another attempt.
 
     Args:
-        cause: why it was stopped.
+        cause: why it was stopped, or what became of it.
         enabled: `requeue.enabled`.
         requeues: how often this run was requeued before.
         max_requeues: `requeue.max_requeues`.
@@ -147,18 +198,82 @@ def decide_stop(cause: Cause, *, enabled: bool, requeues: int, max_requeues: int
         return StopDecision(False, "the job was cancelled", EXIT_CANCELLED)
     if cause == "terminated":
         return StopDecision(False, "SIGTERM without a time limit or preemption in sight", EXIT_CANCELLED)
+    if cause == "requeued":
+        return StopDecision(True, cause, 0)
+    if cause == "stop_file":
+        return StopDecision(False, "the file `stop` in the run directory asked for it", EXIT_NOT_REQUEUED)
     if not enabled:
         return StopDecision(False, "requeue.enabled is false", EXIT_NOT_REQUEUED)
+    exhausted = _exhausted(requeues, max_requeues, stalled, max_stalled)
+    return StopDecision(True, cause, 0) if exhausted is None else exhausted
+
+
+def decide_start(*, requeues: int, max_requeues: int, stalled: int, max_stalled: int) -> StopDecision | None:
+    """Return why a job that Slurm has started again should not train; None: it should.
+
+    Who is killed without warning cannot decide that it was once too often; the next one can.
+
+    Args:
+        requeues: how often this run was started again, this time included.
+        max_requeues: `requeue.max_requeues`.
+        stalled: attempts in a row before this one that got no step further.
+        max_stalled: `requeue.max_stalled`.
+    """
+    return _exhausted(requeues - 1, max_requeues, stalled, max_stalled)
+
+
+def decide_failed(cause: Cause | Fate, *, failures: int, on_failure: int) -> StopDecision | None:
+    """Return why a run whose processes failed is not started again; None: `decide_stop` decides, as behind any other end.
+
+    Args:
+        cause: what became of it.
+        failures: how often it was requeued behind a failure before.
+        on_failure: `requeue.on_failure`.
+    """
+    if cause in ("preemption", "requeued", "node_failure", "cancelled") or failures < on_failure:
+        return None
+    done = f", and it was {failures} times" if failures else ""
+    return StopDecision(False, f"a failure is requeued {on_failure} times (requeue.on_failure){done}", EXIT_FAILED)
+
+
+def _exhausted(requeues: int, max_requeues: int, stalled: int, max_stalled: int) -> StopDecision | None:
     if requeues >= max_requeues:
         return StopDecision(False, f"requeued {requeues} times already (requeue.max_requeues)", EXIT_GAVE_UP)
     if stalled >= max_stalled:
         return StopDecision(False, f"{stalled} attempts in a row got no step further (requeue.max_stalled)", EXIT_GAVE_UP)
-    return StopDecision(True, cause, 0)
+    return None
+
+
+def fate_of(state: str) -> Fate:
+    """Return what a job's state in `sacct` says of how it ended; "killed" where that is nothing of the kind."""
+    return _FATES.get(state.partition(" ")[0], "killed")
 
 
 def count_requeues(events: Iterable[Mapping[str, Any]]) -> int:
-    """Return how often the run was requeued since its last submission."""
-    return sum(event.get("event") == "requeue" for event in _since_submission(events))
+    """Return how often the run was started again since its last submission: requeued by itself, or by Slurm after it was lost."""
+    return sum(event.get("event") == "requeue" or bool(event.get("restarted")) for event in _since_submission(events))
+
+
+def count_failures(events: Iterable[Mapping[str, Any]]) -> int:
+    """Return how often the run was requeued behind a failure since its last submission."""
+    return sum(event.get("event") == "requeue" and event.get("cause") == "failure" for event in _since_submission(events))
+
+
+def last_attempt(events: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any] | None, str | None]:
+    """Return the last attempt, and the kind of event it ended with; None: it still runs, or ended without a word."""
+    attempt, word = None, None
+    for event in events:
+        if event.get("event") == "attempt":
+            attempt, word = event, None
+        elif event.get("event") in _LAST_WORDS and not _is_of_another(event, attempt):
+            word = str(event["event"])
+    return attempt, word
+
+
+def _is_of_another(event: Mapping[str, Any], attempt: Mapping[str, Any] | None) -> bool:
+    """Whether an event is one of another attempt than that: of one that was overtaken and still runs on a lost node."""
+    mine, its = (attempt or {}).get("generation"), event.get("generation")
+    return mine is not None and its is not None and its != mine
 
 
 def count_stalled(events: Iterable[Mapping[str, Any]]) -> int:
@@ -181,6 +296,50 @@ def count_stalled(events: Iterable[Mapping[str, Any]]) -> int:
     return next((stalled for stalled, progressed in enumerate(reversed(attempts)) if progressed), len(attempts))
 
 
+def current_job(events: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Return what tells of the job that a run waits or runs in, as far as the ledger knows: a submission, or a successor's."""
+    return next((event for event in reversed(list(events)) if event.get("event") in ("submitted", "successor")), None)
+
+
+@dataclass(frozen=True)
+class LeadTime:
+    """Whether `requeue.lead_time_s` is long enough: why not, or None; and what may be wrong with it, or None."""
+
+    refusal: str | None = None
+    warning: str | None = None
+
+
+def check_lead_time(events: Iterable[Mapping[str, Any]], *, lead_time_s: int, time_min: int) -> LeadTime:
+    """Compare the lead time with what earlier attempts of this run have measured: saves, and waits for the stop.
+
+    Args:
+        events: the ledger.
+        lead_time_s: `requeue.lead_time_s`.
+        time_min: `slurm.time_min`.
+    """
+    known = list(events)
+    # Of late: a run may have grown, or moved to another disk.
+    saves_s = [float(event["save_s"]) for event in known if event.get("event") == "saved" and "save_s" in event][-5:]
+    waits_s = [float(event["waited_s"]) for event in known if event.get("event") == "stop" and event.get("waited_s") is not None][-5:]
+    if not saves_s:
+        return LeadTime()
+    save_s, wait_s = max(saves_s), max(waits_s, default=0.0)
+    needed_s = save_s + wait_s + RESERVE_S
+    measured = f"a save took up to {save_s:.1f} s, and coming to the stop {wait_s:.1f} s"
+    better = f"set requeue.lead_time_s={math.ceil(2 * needed_s)}"
+    if lead_time_s < needed_s:
+        return LeadTime(refusal=f"requeue.lead_time_s: {lead_time_s} s are too short: {measured}; {better}")
+    if lead_time_s < 1.5 * needed_s:
+        return LeadTime(warning=f"requeue.lead_time_s: {lead_time_s} s are tight: {measured}; {better}")
+    if time_min * 60 < 2 * (lead_time_s + SLURM_EARLY_S):
+        left_s = max(0, time_min * 60 - lead_time_s - SLURM_EARLY_S)
+        return LeadTime(
+            warning=f"slurm.time_min: of {time_min} min the warning may leave {left_s:.0f} s to train in, since Slurm sends it up to "
+            f"{SLURM_EARLY_S:.0f} s early; ask for more time, or a shorter requeue.lead_time_s"
+        )
+    return LeadTime()
+
+
 def _since_submission(events: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return what belongs to the last submission: a job can be faster than the command that has started it."""
     stretch: list[Mapping[str, Any]] = []
@@ -198,9 +357,17 @@ def outcome(events: Iterable[Mapping[str, Any]]) -> tuple[Literal["finished", "r
     The submission's own events may stand anywhere in it: a job can be faster than the command that has started it.
     """
     attempt: list[Mapping[str, Any]] = []
+    begun: Mapping[str, Any] | None = None
     for event in events:
-        attempt = [] if event.get("event") == "attempt" else [*attempt, event]
+        if event.get("event") == "attempt":
+            attempt, begun = [], event
+        elif not _is_of_another(event, begun):
+            attempt.append(event)
     by_kind = {event.get("event"): event for event in reversed(attempt)}  # the first of each kind
+    if next((event["event"] for event in reversed(attempt) if event.get("event") in _LAST_WORDS), None) == "requeue":
+        return "requeue", "it was requeued, but no attempt followed"
+    if by_kind.get("lost", {}).get("fate") in ("killed", "out_of_memory"):  # the other ranks fail of it
+        return "unfinished", f"a process of it was killed ({by_kind['lost']['fate'].replace('_', ' ')})"
     if "failed" in by_kind:  # the first: the other ranks fail of it
         return "unfinished", f"rank {by_kind['failed'].get('rank')} failed: {by_kind['failed'].get('error')}"
     if "finished" in by_kind:
@@ -209,6 +376,6 @@ def outcome(events: Iterable[Mapping[str, Any]]) -> tuple[Literal["finished", "r
         return "unfinished", str(by_kind["ended"].get("reason"))
     if "left" in by_kind:
         return "unfinished", "the training function returned before its last epoch"
-    if "requeue" in by_kind:
-        return "requeue", "it was requeued, but no attempt followed"
+    if "lost" in by_kind:
+        return "unfinished", f"its processes ended without a word ({str(by_kind['lost'].get('fate')).replace('_', ' ')})"
     return "unfinished", "its processes ended without a word (killed, or out of memory?)"

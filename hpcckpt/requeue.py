@@ -1,18 +1,27 @@
-"""How an attempt ends early: the checkpoint is there, now go on elsewhere or say why not, and leave.
+"""How a run goes on in another attempt: the checkpoint is there, now ask for the next start once, or say why not.
 
-Order, on all ranks: rank 0 decides and all hear it -> all leave the process group -> the others exit with 0 -> rank 0
-writes the ledger, asks Slurm, and exits. The request comes last because Slurm answers it with SIGTERM for every process.
+Two may come to that: rank 0's training, where all ranks have stopped together, and rank 0's watch, where they have not come to
+the stop before the job's time is over. Whoever comes second gets the first one's answer. Behind a job whose ranks died, its batch
+script does it (`hpcckpt.after`).
+
+The ladder: `scontrol requeue`, which keeps the job's id; where Slurm forbids it, a successor of the same batch script that
+begins when this job is over; else the command that goes on, and an exit code that is not 0. Nothing is asked for a second time where
+an answer is unknown: the job's own state is looked at.
 """
 
+import os
+import shlex
+import threading
+import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import datetime
-from typing import NoReturn
 
 from hpcckpt import policy, scheduler
 from hpcckpt.config import RequeueConfig
-from hpcckpt.distributed import Ranks
 from hpcckpt.environment import TaskEnvironment
-from hpcckpt.errors import SchedulerError
+from hpcckpt.errors import RequeueForbiddenError, SchedulerError
+from hpcckpt.layout import RunLayout
 from hpcckpt.store.checkpoints import CheckpointStore
 from hpcckpt.store.ledger import Ledger
 
@@ -23,6 +32,15 @@ ASK_PATIENCE_S = 15.0
 
 
 @dataclass(frozen=True)
+class Outlook:
+    """What Slurm says of the job. Times in seconds from when it was asked; None where it does not tell."""
+
+    job: dict[str, str] | None = None
+    remaining_s: float | None = None
+    end_s: float | None = None
+
+
+@dataclass(frozen=True)
 class Stop:
     """What all ranks know about the end of this attempt."""
 
@@ -30,44 +48,122 @@ class Stop:
     decision: policy.StopDecision
 
 
-def decide(
-    ranks: Ranks,
-    task: TaskEnvironment,
-    config: RequeueConfig,
-    ledger: Ledger,
-    store: CheckpointStore,
-    signals: tuple[str, ...],
-    step: int,
-) -> Stop:
-    """Return why this attempt stops and what comes next, the same on every rank. Every rank must call it.
+class Requeue:
+    """Rank 0's way to the next attempt. Its methods may be called from any thread.
 
     Args:
-        ranks: the process group.
-        task: this rank's place.
+        layout: of the run.
+        ledger: counts requeues and progress, and is told.
+        task: this rank's place: job and start.
         config: `requeue.*`.
-        ledger: counts requeues and progress.
         store: knows whether a newer attempt has taken over.
-        signals: names of the signals this rank received; those of all ranks count.
-        step: optimizer steps behind this stop.
-
-    Raises:
-        FencedError: on every rank; a newer attempt has taken over, and this one must not requeue it.
+        adopt: called with the job id of a successor before that can start; None: nothing to do.
     """
-    received = {name for names in ranks.gather(signals) for name in names}
 
-    def on_main() -> Stop:
-        store.refuse_if_fenced()
-        job = None
-        if task.launcher == "slurm" and task.job_id is not None:
-            try:
-                job = scheduler.patiently(lambda: scheduler.job_fields(str(task.job_id)), ASK_PATIENCE_S)
-            except SchedulerError as error:
-                # The cause is for the record; the requeue below meets the controller again and then counts.
-                ledger.append("scheduler_error", problem=str(error))
-        left_s = scheduler.remaining_s(job, datetime.now()) if job else None  # noqa: DTZ005 - Slurm prints local time
-        cause = policy.stop_cause(received, job, left_s, config.lead_time_s)
-        events = ledger.events()
-        decision = policy.decide_stop(
+    def __init__(
+        self,
+        layout: RunLayout,
+        ledger: Ledger,
+        task: TaskEnvironment,
+        config: RequeueConfig,
+        store: CheckpointStore,
+        adopt: Callable[[str], object] | None = None,
+    ) -> None:
+        self._layout, self._task, self._config = layout, task, config
+        self._ledger, self._store, self._adopt = ledger, store, adopt
+        self._lock = threading.Lock()
+        self._exit_code: int | None = None
+        self._seen = Outlook()
+
+    def look(self, patience_s: float = ASK_PATIENCE_S) -> Outlook:
+        """Ask Slurm about the job; the last answer where it gives none, noted in the ledger."""
+        job_id = self._task.job_id
+        if self._task.launcher == "local" or job_id is None:
+            return self._seen
+        try:
+            job = scheduler.patiently(lambda: scheduler.job_fields(job_id, timeout_s=max(patience_s, 1.0)), patience_s)
+        except SchedulerError as error:
+            self._ledger.append("scheduler_error", problem=str(error))
+            return self._seen
+        now = datetime.now()  # noqa: DTZ005 - Slurm prints local time
+        self._seen = Outlook(job, *((scheduler.remaining_s(job, now), scheduler.end_s(job, now)) if job else (None, None)))
+        return self._seen
+
+    def killed_in_s(self, signals: Collection[str], signalled_s: float) -> float | None:
+        """Return in how many seconds Slurm will end the processes, at the latest, given the signals so far; None where unknown."""
+        if self._task.launcher == "local" or self._task.job_id is None:
+            return None
+        outlook = self.look()
+        cause = self._cause(signals, outlook)
+        if outlook.job is None and set(signals) & {self._config.signal}:
+            cause = "time_limit"  # nobody answers: be prepared
+        return policy.killed_in_s(cause, outlook.remaining_s, outlook.end_s, signalled_s, self._config.lead_time_s)
+
+    def decide(self, signals: Collection[str], step: int | None, waited_s: float | None = None) -> Stop:
+        """Return why this attempt stops and what comes next; noted in the ledger.
+
+        Args:
+            signals: names of the signals that any rank received.
+            step: optimizer steps behind this stop; None where the ranks did not come to one.
+            waited_s: from the first signal to the stop.
+
+        Raises:
+            FencedError: a newer attempt has taken over, and this one must not requeue it.
+        """
+        self._store.refuse_if_fenced()
+        outlook = self.look()
+        cause = self._cause(signals, outlook)
+        decision, left_s = self._decision(cause), outlook.remaining_s
+        # How much earlier than asked Slurm has sent the warning.
+        early_s = None
+        if cause == "time_limit" and left_s is not None and waited_s is not None:
+            early_s = round(left_s + waited_s - self._config.lead_time_s, 1)
+        self._ledger.append(
+            "stop",
+            cause=cause,
+            signals=sorted(signals),
+            step=step,
+            remaining_s=left_s,
+            early_s=early_s,
+            waited_s=waited_s,
+            requeue=decision.requeue,
+            reason=decision.reason,
+        )
+        return Stop(cause, decision)
+
+    def decide_failed(self, fate: policy.Fate) -> tuple[policy.Cause | policy.Fate, policy.StopDecision]:
+        """Return what became of processes that ended without having asked for anything, and whether the run goes on."""
+        seen = self._cause((), self.look())
+        # They may have ended because of what Slurm does to the job.
+        cause = seen if seen in ("preemption", "requeued", "cancelled") else fate
+        failures = policy.count_failures(self._ledger.events())
+        return cause, policy.decide_failed(cause, failures=failures, on_failure=self._config.on_failure) or self._decision(cause)
+
+    def go_on(self, cause: str, decision: policy.StopDecision, what: str) -> int:
+        """Ask for the next attempt, or say why there is none; returns this process's exit code. Asks once, however often it is called.
+
+        Args:
+            cause: for the ledger.
+            decision: of `decide` or `decide_failed`.
+            what: what has happened so far, for the log: "saved at step 5".
+
+        Raises:
+            FencedError: a newer attempt has started; nothing was asked for or noted.
+        """
+        with self._lock:
+            if self._exit_code is None:
+                self._store.refuse_if_fenced()
+                self._exit_code = self._ask(cause, decision, what)
+            return self._exit_code
+
+    def _cause(self, signals: Collection[str], outlook: Outlook) -> policy.Cause:
+        start = self._task.incarnation[0] if self._task.incarnation else None
+        return policy.stop_cause(signals, outlook.job, outlook.remaining_s, self._config.lead_time_s, start)
+
+    def _decision(self, cause: policy.Cause | policy.Fate) -> policy.StopDecision:
+        events = self._ledger.events()
+        config = self._config
+        return policy.decide_stop(
             cause,
             enabled=config.enabled,
             requeues=policy.count_requeues(events),
@@ -75,48 +171,59 @@ def decide(
             stalled=policy.count_stalled(events),
             max_stalled=config.max_stalled,
         )
-        ledger.append(
-            "stop", cause=cause, signals=sorted(received), step=step, remaining_s=left_s, requeue=decision.requeue, reason=decision.reason
-        )
-        return Stop(cause, decision)
 
-    return ranks.from_main(on_main)
+    def _ask(self, cause: str, decision: policy.StopDecision, what: str) -> int:
+        def end(reason: str, exit_code: int) -> int:
+            self._ledger.append("ended", reason=reason, exit_code=exit_code)
+            print(f"hpcckpt: {what} and not requeued: {reason}. To go on: {self._how_to_go_on()}", flush=True)
+            return exit_code
 
+        def note(**fields: object) -> None:
+            # Before the request: behind it SIGTERM is on its way.
+            self._ledger.append("requeue", cause=cause, job_id=job_id, **fields)
 
-def leave(
-    stop: Stop, task: TaskEnvironment, config: RequeueConfig, ledger: Ledger, store: CheckpointStore, step: int, how_to_go_on: str
-) -> NoReturn:
-    """End this process, rank 0 after asking for the next attempt. Every rank must call it, outside the process group.
+        job_id = self._task.job_id
+        if not decision.requeue:
+            return end(decision.reason, decision.exit_code)
+        if self._task.launcher == "local":
+            note()
+            print(f"hpcckpt: {what}; requeueing ({cause})", flush=True)
+            return LOCAL_REQUEUE_EXIT_CODE
+        if job_id is None:
+            return end("there is no Slurm job to requeue", policy.EXIT_NOT_REQUEUED)
+        # Since the decision it may have been cancelled, and a requeue would bring it back from the dead; or requeued.
+        now = self._cause((), self.look())
+        if now == "cancelled":
+            return end("the job was cancelled", policy.EXIT_CANCELLED)
+        if now == "requeued":
+            note(by="Slurm")
+            print(f"hpcckpt: {what}; Slurm has requeued job {job_id} already ({cause})", flush=True)
+            return 0
+        note()
+        print(f"hpcckpt: {what}; requeueing job {job_id} ({cause})", flush=True)
+        asked = time.monotonic()
+        try:
+            scheduler.requeue(job_id, patience_s=self._config.lead_time_s)
+        except RequeueForbiddenError as refusal:
+            patience_s = max(0.0, asked + self._config.lead_time_s - time.monotonic())
+            return self._succeed(job_id, patience_s, refusal, end)
+        except SchedulerError as error:
+            return end(f"Slurm did not requeue it ({error})", policy.EXIT_NOT_REQUEUED)
+        return 0
 
-    Raises:
-        FencedError: on rank 0, where a newer attempt has started; nothing was asked for or noted.
-        SystemExit: else always; 0 when requeued (144 under submitit's local launcher, which restarts on it).
-    """
-    if task.rank == 0:
-        store.refuse_if_fenced()
-    if task.launcher == "local" and stop.decision.requeue:
-        if task.rank == 0:
-            ledger.append("requeue", step=step, job_id=task.job_id)
-            print(f"hpcckpt: saved at step {step}; requeueing ({stop.cause})", flush=True)
-        raise SystemExit(LOCAL_REQUEUE_EXIT_CODE)
-    if task.rank != 0:
-        # Rank 0's code is the job's: a bad one from here would let srun kill rank 0 before it has asked.
-        raise SystemExit(0)
-    if not stop.decision.requeue:
-        _end(ledger, step, stop.decision.reason, stop.decision.exit_code, how_to_go_on)
-    if task.launcher != "slurm" or task.job_id is None:
-        _end(ledger, step, "there is no Slurm job to requeue", policy.EXIT_NOT_REQUEUED, how_to_go_on)
-    # Before the request: behind it SIGTERM is on its way.
-    ledger.append("requeue", step=step, job_id=task.job_id)
-    print(f"hpcckpt: saved at step {step}; requeueing job {task.job_id} ({stop.cause})", flush=True)
-    try:
-        scheduler.requeue(task.job_id, patience_s=config.lead_time_s)
-    except SchedulerError as error:
-        _end(ledger, step, f"Slurm did not requeue it ({error})", policy.EXIT_NOT_REQUEUED, how_to_go_on)
-    raise SystemExit(0)
+    def _succeed(self, job_id: str, patience_s: float, refusal: SchedulerError, end: Callable[[str, int], int]) -> int:
+        try:
+            successor = scheduler.submit_successor(job_id, patience_s)
+        except SchedulerError as error:
+            return end(f"Slurm did not requeue it ({refusal}), nor take a successor ({error})", policy.EXIT_NOT_REQUEUED)
+        if self._adopt is not None:
+            self._adopt(successor)
+        self._ledger.append("successor", job_id=successor, of=job_id, refusal=str(refusal))
+        print(f"hpcckpt: requeueing is not allowed ({refusal}); job {successor} goes on when this one is over", flush=True)
+        return 0
 
-
-def _end(ledger: Ledger, step: int, reason: str, exit_code: int, how_to_go_on: str) -> NoReturn:
-    ledger.append("ended", step=step, reason=reason, exit_code=exit_code)
-    print(f"hpcckpt: saved at step {step} and not requeued: {reason}. {how_to_go_on}", flush=True)
-    raise SystemExit(exit_code)
+    def _how_to_go_on(self) -> str:
+        if policy.current_job(self._ledger.events()) is None:  # a script of one's own
+            return "start the same command again"
+        # Relative paths are those of the directory it was submitted from.
+        return f"cd {shlex.quote(os.getcwd())} && python -m hpcckpt.submit conf={shlex.quote(str(self._layout.config))}"

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hpcckpt import config as configuration
 from hpcckpt import policy
-from hpcckpt.attempt import Attempt
+from hpcckpt.attempt import Attempt, Launched
 from hpcckpt.checkpoint import Boundary, Checkpointer, plain_metrics
 from hpcckpt.config import RunConfig
 from hpcckpt.data import Loop, Loops, Place, Share, make_loader
@@ -49,7 +49,7 @@ class Run:
         is_main: whether this is rank 0.
     """
 
-    def __init__(self, layout: RunLayout, config: RunConfig, task: TaskEnvironment, latch: SignalLatch | None = None) -> None:
+    def __init__(self, layout: RunLayout, config: RunConfig, task: TaskEnvironment, launched: Launched | None = None) -> None:
         """Connect to the other ranks. Every rank must call it, from its main thread.
 
         Raises:
@@ -65,13 +65,13 @@ class Run:
             # The same number on every node and attempt: it decides the order of sums on the CPU.
             torch.set_num_threads(config.slurm.cpus_per_task)
         # Before the ranks meet, which takes time, and again behind it: NCCL has handlers of its own.
-        self._latch = latch or SignalLatch((config.requeue.signal, "TERM"))
+        self._latch = launched.latch if launched else SignalLatch((config.requeue.signal, "TERM"))
         self._latch.install()
         self.device = choose_device(task)
         self._ranks = Ranks(task, self.device)
         self._latch.install()
         self.is_main = self._ranks.is_main
-        self._attempt = Attempt(layout, config, task, self._ranks, self.device, self._latch, owns_latch=latch is None)
+        self._attempt = Attempt(layout, config, task, self._ranks, self.device, self._latch, launched)
         self._recorder, self.restart_count = self._attempt.recorder, self._attempt.restart_count
         self._tracked = Tracked()
         here = partial(conditions, self.device, config.seed, task.num_nodes)
@@ -393,8 +393,8 @@ class Run:
         lines = self._attempt.lines(self._epoch, self._step) if self._boundary is None else self._boundary.lines
         facts = {"lines": 0 if position else lines, "reasons": self._loops.reasons(self._tracked.has_gradients)}
         here = position or Position(self._epoch, self._step, epoch_finished=False)
-        self._checkpointer.save(here, self._metrics, self._loops, reason, self._boundary, facts)
-        self._attempt.note_saved()
+        with self._attempt.saving(reason, self._step):
+            self._checkpointer.save(here, self._metrics, self._loops, reason, self._boundary, facts)
 
     def _mark(self) -> Boundary:
         return self._checkpointer.boundary(self._attempt.lines(self._epoch, self._step))

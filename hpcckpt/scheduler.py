@@ -6,6 +6,7 @@ Nothing here decides. Commands get arguments as a list, never a shell; each has 
 import os
 import re
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,17 +15,25 @@ from datetime import datetime
 from typing import TypeVar
 
 from hpcckpt.environment import submission_environ
-from hpcckpt.errors import SchedulerError, SubmissionError
+from hpcckpt.errors import RequeueForbiddenError, SchedulerError, SubmissionError
 
 T = TypeVar("T")
 
 COMMAND_TIMEOUT_S = 60.0
 # What scontrol says when asking again is no use.
 _FORBIDDEN = ("disabled", "denied", "Invalid job id", "not supported")
+# Options of sbatch that a script may leave to the command line: each with its short form, and the variable that tells its value.
+_SIZES = {
+    "nodes": ("-N", "SLURM_JOB_NUM_NODES"),
+    "ntasks-per-node": ("--ntasks-per-node", "SLURM_NTASKS_PER_NODE"),
+    "cpus-per-task": ("-c", "SLURM_CPUS_PER_TASK"),
+}
+# What sbatch says where asking again may help.
+_BUSY = ("timed out", "Unable to contact", "temporarily", "try again", "Connection refused", "Zero Bytes", "Communication connection")
 # States of a job that was requeued.
 _WAITING = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"})
 # First words of the lines of `scontrol show job` that tell state and times.
-_STATE_LINES = frozenset({"JobState", "RunTime", "StartTime", "PreemptEligibleTime", "PreemptTime"})
+_STATE_LINES = frozenset({"JobState", "Requeue", "RunTime", "StartTime", "PreemptEligibleTime", "PreemptTime"})
 
 
 @dataclass(frozen=True)
@@ -70,13 +79,13 @@ def has_slurm() -> bool:
     return shutil.which("sbatch") is not None and shutil.which("srun") is not None
 
 
-def job_fields(job_id: str) -> dict[str, str] | None:
+def job_fields(job_id: str, timeout_s: float = COMMAND_TIMEOUT_S) -> dict[str, str] | None:
     """Return `scontrol show job` as a mapping, or None when Slurm does not know the job any more.
 
     Raises:
         SchedulerError: scontrol is missing or the controller does not answer.
     """
-    done = run_command(["scontrol", "show", "job", job_id])
+    done = run_command(["scontrol", "show", "job", job_id], timeout_s=timeout_s)
     if done.returncode != 0:
         if "Invalid job id" in done.stderr:
             return None
@@ -107,6 +116,14 @@ def remaining_s(fields: Mapping[str, str], now: datetime) -> float | None:
     return None if limit_s is None else limit_s - (now - started).total_seconds()
 
 
+def end_s(fields: Mapping[str, str], now: datetime) -> float | None:
+    """Return seconds from `now` to the EndTime that Slurm shows: of a job in preemption, the end of its grace time."""
+    try:
+        return (datetime.fromisoformat(fields.get("EndTime", "")) - now).total_seconds()
+    except ValueError:
+        return None
+
+
 def parse_time_limit(text: str) -> float | None:
     """Return seconds of Slurm's [days-]hours:minutes:seconds; None for UNLIMITED and the like."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
@@ -130,12 +147,17 @@ def is_live(job_id: str) -> bool:
 
 
 def patiently(action: Callable[[], T], patience_s: float) -> T:
-    """Return what `action` returns, trying again for `patience_s` while it raises SchedulerError; then that is raised."""
+    """Return what `action` returns, trying again for `patience_s` while it raises SchedulerError; then that is raised.
+
+    Where Slurm forbids it, asking again is no use.
+    """
     deadline = time.monotonic() + patience_s
     delay_s = 0.5
     while True:
         try:
             return action()
+        except RequeueForbiddenError:
+            raise
         except SchedulerError:
             # A program that is not there will not come; a busy controller will.
             if time.monotonic() + delay_s > deadline or shutil.which("scontrol") is None:
@@ -152,9 +174,9 @@ def requeue(job_id: str, patience_s: float = 0.0) -> None:
     for `patience_s`; one that forbids it is not.
 
     Raises:
-        SchedulerError: Slurm refused (its message is passed on) or did not answer.
+        RequeueForbiddenError: Slurm refused (its message is passed on).
+        SchedulerError: it did not answer; whether the job will start anew is not known.
     """
-    refusal: list[SchedulerError] = []
 
     def ask() -> None:
         try:
@@ -165,21 +187,110 @@ def requeue(job_id: str, patience_s: float = 0.0) -> None:
             if done.returncode == 0:
                 return
             problem, unknown = done.stderr or f"ended with {done.returncode}", done.returncode < 0
-        failure = SchedulerError(f"scontrol requeue {job_id}: {problem}")
+        failure = f"scontrol requeue {job_id}: {problem}"
         if any(word in problem for word in _FORBIDDEN):
-            refusal.append(failure)
-        elif not _was_requeued(job_id, unknown=unknown):
-            raise failure
+            raise RequeueForbiddenError(failure)
+        if not _was_requeued(job_id, unknown=unknown):
+            raise SchedulerError(failure)
 
     patiently(ask, patience_s)
-    if refusal:
-        raise refusal[0]
 
 
 def _was_requeued(job_id: str, *, unknown: bool) -> bool:
     """Return whether a request arrived all the same; after an answer that never came, a job that is being ended is one."""
     state = (job_fields(job_id) or {}).get("JobState")
     return state in _WAITING or (unknown and state == "COMPLETING")
+
+
+def submit_successor(job_id: str, patience_s: float = 0.0) -> str:
+    """Submit this job's batch script once more, to begin when the job is over; returns the new job's id. The caller is rank 0 of the job.
+
+    Asked twice, or where the first answer was lost, there is still one: it is known by its dependency on this job. The script is
+    what Slurm has of the job, with the partition, account, quality of service, time limit and name that it runs with, and the nodes and
+    CPUs where the script does not say; of an array's task, an array of that one. Other options of sbatch's command line are lost.
+
+    Raises:
+        RequeueForbiddenError: Slurm refused (its message is passed on).
+        SchedulerError: it did not answer.
+    """
+    environ = submission_environ(os.environ)
+    _, _, task = job_id.partition("_")
+
+    def answer(*argv: str, stdin: str = "") -> str:
+        done = run_command(argv, environ=environ, stdin=stdin)
+        if done.returncode != 0:
+            problem = f"{argv[0]} for a successor of job {job_id}: {done.stderr or f'ended with {done.returncode}'}"
+            is_final = argv[0] == "sbatch" and done.stderr and not any(word in done.stderr for word in _BUSY)
+            raise RequeueForbiddenError(problem) if is_final else SchedulerError(problem)
+        return done.stdout
+
+    def ask() -> str:
+        # The name comes last: it may hold anything.
+        now = answer("squeue", "--noheader", f"--jobs={job_id}", "--format=%P|%a|%q|%l|%j").strip()
+        values = dict(zip(("partition", "account", "qos", "time", "job-name"), now.split("|", maxsplit=4), strict=False))
+        for line in answer("squeue", "--noheader", "--me", "--format=%F|%i|%E|%j").splitlines():
+            parent, successor, dependency, name = line.split("|", maxsplit=3)
+            if name == values.get("job-name") and re.search(rf"\bafterany:{job_id}\b(?!_)", dependency):
+                return f"{parent}_{task}" if task else successor
+        script = answer("scontrol", "write", "batch_script", job_id, "-")
+        values |= {option: os.environ.get(name, "") for option, (short, name) in _SIZES.items() if not _says(script, option, short)}
+        options = [f"--{option}={value}" for option, value in values.items() if value not in ("", "(null)", "N/A", "UNLIMITED")]
+        where = [f"--array={task}"] if task else []
+        told = answer("sbatch", "--parsable", f"--dependency=afterany:{job_id}", *options, *where, stdin=script)
+        submitted = told.strip().partition(";")[0]
+        return f"{submitted}_{task}" if task else submitted
+
+    return patiently(ask, patience_s)
+
+
+def _says(script: str, option: str, short: str) -> bool:
+    """Return whether a batch script gives an option of sbatch by itself."""
+    return re.search(rf"^#SBATCH\b.*\s(--{option}\b|{short}\b)", script, re.MULTILINE) is not None
+
+
+def former_state(job_id: str, timeout_s: float) -> str:
+    """Return how accounting calls the end of the former start of a job that was started again; "" where it does not tell.
+
+    Takes as long as the accounting's database does.
+    """
+    argv = ["sacct", "--duplicates", "--allocations", "--noheader", "--parsable2", f"--jobs={job_id}", "--format=State"]
+    try:
+        lines = run_command(argv, timeout_s=timeout_s).stdout.split("\n")
+    except SchedulerError:
+        return ""
+    states = [line.strip() for line in lines if line.strip()]
+    return states[-2] if len(states) > 1 else ""
+
+
+def unreachable_nodes(nodelist: str, timeout_s: float = 3.0) -> list[str]:
+    """Return those of a job's nodes on which Slurm's daemon does not listen any more; nodes of which nothing is known are left out.
+
+    Slurm itself notices a node that is gone after minutes (SlurmdTimeout).
+    """
+    try:
+        done = run_command(["scontrol", "--oneliner", "show", "node", nodelist])
+        port = re.search(r"SlurmdPort\s*=\s*(\d+)", run_command(["scontrol", "show", "config"]).stdout)
+    except SchedulerError:
+        return []
+    lost = []
+    for line in done.stdout.splitlines() if nodelist else []:
+        words = dict(word.split("=", maxsplit=1) for word in line.split() if "=" in word)
+        number = words.get("Port") or (port[1] if port else "")
+        if number.isdigit() and "NodeAddr" in words:
+            try:
+                socket.create_connection((words["NodeAddr"], int(number)), timeout_s).close()
+            except OSError:
+                lost.append(words.get("NodeName", words["NodeAddr"]))
+    return lost
+
+
+def was_out_of_memory(job_id: str, timeout_s: float) -> bool:
+    """Return whether accounting says of a step of this job that the kernel ended it for its memory."""
+    try:
+        done = run_command(["sacct", "--noheader", "--parsable2", f"--jobs={job_id}", "--format=State"], timeout_s=timeout_s)
+    except SchedulerError:
+        return False
+    return "OUT_OF_MEMORY" in done.stdout
 
 
 def check_script(script: str) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -28,7 +29,10 @@ class SignalLatch:
     def __init__(self, names: Sequence[str] = ("USR1", "TERM")) -> None:
         self._signals = [signal.Signals[f"SIG{name}"] for name in names]
         self._previous: dict[signal.Signals, Any] = {}
+        self._previous_waker: int | None = None
         self._counts: dict[int, int] = {}
+        self._requests: set[str] = set()
+        self._first: float | None = None
         # Read on every step: a plain attribute, no call.
         self.fired = False
 
@@ -44,13 +48,43 @@ class SignalLatch:
             previous = signal.signal(number, self._note)
             if previous != self._note:
                 self._previous.setdefault(number, previous)
+        # A launcher may have blocked them, so that they do not end a process that is still starting.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._signals)
 
-    def restore(self) -> None:
-        """Put the former handlers back; harmless when called twice."""
+    def wake(self, descriptor: int) -> None:
+        """Have the number of each signal written to a pipe at once, also while the main thread is in C code that does not return.
+
+        Only the main thread may call it. `descriptor` does not block.
+        """
+        self._previous_waker = signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)
+
+    def sleep(self) -> None:
+        """Write to no pipe any more; harmless when called twice."""
+        if self._previous_waker is not None and threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(self._previous_waker)
+            self._previous_waker = None
+
+    def request(self, word: str) -> None:
+        """Latch what somebody asks for by other means than a signal, under a name of its own. Any thread may call it."""
+        self._requests.add(word)
+        self._fire()
+
+    def names_of(self, numbers: bytes) -> set[str]:
+        """Return which of our signals are among those that `wake`'s pipe has given."""
+        return {number.name.removeprefix("SIG") for number in self._signals if number in numbers}
+
+    def restore(self, *, spare: bool = False) -> None:
+        """Put the former handlers back; harmless when called twice.
+
+        With `spare` a warning that nobody had a handler for is ignored from now on, as long as it is not SIGTERM: the default would end
+        a process that is finished.
+        """
+        self.sleep()
         while self._previous:
             number, handler = self._previous.popitem()
             # None: installed from C, which Python cannot put back.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            former = signal.SIG_DFL if handler is None else handler
+            signal.signal(number, signal.SIG_IGN if spare and former == signal.SIG_DFL and number != signal.SIGTERM else former)
 
     def ignore(self) -> None:
         """Let the signals pass from now on, to the very end of the process.
@@ -62,11 +96,21 @@ class SignalLatch:
             signal.signal(number, signal.SIG_IGN)
 
     def received(self) -> tuple[str, ...]:
-        """Return the names, without SIG, of the signals that came."""
-        return tuple(signal.Signals(number).name.removeprefix("SIG") for number in sorted(self._counts))
+        """Return the names, without SIG, of the signals that came, and the requests."""
+        names = (signal.Signals(number).name.removeprefix("SIG") for number in sorted(self._counts))
+        return (*names, *sorted(self._requests))
+
+    def waited_s(self) -> float:
+        """Return the seconds since the first signal or request; 0 before."""
+        return 0.0 if self._first is None else time.monotonic() - self._first
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._counts[number] = self._counts.get(number, 0) + 1
+        self._fire()
+
+    def _fire(self) -> None:
+        if self._first is None:
+            self._first = time.monotonic()
         self.fired = True
 
     def __enter__(self) -> Self:

@@ -47,12 +47,21 @@ class RankTask:
                 # A Run would say so, but there is none yet; and what imports on a login node need not do so here.
                 Ledger(layout.events).append("failed", rank=task.rank, error=f"{type(error).__name__}: {error}")
                 raise
+            from hpcckpt.attempt import Launched
             from hpcckpt.run import Run
 
-            with Run(layout, config, task, latch) as run:
+            with Run(layout, config, task, Launched(latch, lambda successor: adopt(layout, str(task.job_id), successor))) as run:
                 main(run)
         finally:
             latch.ignore()
+
+
+def adopt(layout: RunLayout, job_id: str, successor: str) -> None:
+    """Lay down what a successor of a job's batch script runs, if submitit started that: it looks for it under the job's own id."""
+    from submitit.core.utils import DelayedSubmission, JobPaths
+
+    if JobPaths(layout.logs, job_id).submitted_pickle.exists():
+        DelayedSubmission(RankTask(str(layout.root))).dump(JobPaths(layout.logs, successor).submitted_pickle)
 
 
 def import_entrypoint(entrypoint: str) -> Callable[[Any], None]:

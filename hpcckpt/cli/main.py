@@ -5,11 +5,12 @@ import sys
 from collections.abc import Callable, Sequence
 
 from hpcckpt import submit
-from hpcckpt.cli import ckpt
+from hpcckpt.cli import ckpt, status
 
 # name -> (what --help says, main function)
 _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
     "submit": ("start a run, on Slurm or on this machine", submit.main),
+    "status": ("say how runs are doing", status.main),
     "ckpt": ("export the weights of a checkpoint", ckpt.main),
 }
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hpcckpt.config.schema import ResumeConfig, RunConfig, SlurmConfig, meant
+from hpcckpt.environment import node_range
+from hpcckpt.errors import TaskEnvironmentError
 
 _ENTRYPOINT = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -19,7 +21,7 @@ _OWNED_OPTIONS = {
     "open-mode": "nothing: logs always append, as a requeued job must",
     "output": "nothing: logs are in <run_dir>/logs",
     "error": "nothing: logs are in <run_dir>/logs",
-    "array": "nothing: one run is one job",
+    "array": "--sweep; without it a run is one job",
     "job-name": "name",
     "nodes": "slurm.nodes",
     "ntasks": "slurm.nodes and slurm.tasks_per_node",
@@ -49,7 +51,11 @@ def problems(config: RunConfig) -> Iterator[str]:
     # torch.manual_seed takes 64 bits; a negative seed would mean another generator state than it says.
     if not 0 <= config.seed < 2**64:
         yield f"seed: {config.seed} must be at least 0 and below 2**64"
-    for key in ("nodes", "tasks_per_node", "cpus_per_task", "time_min"):
+    try:
+        node_range(slurm.nodes)
+    except TaskEnvironmentError as error:
+        yield f"slurm.nodes: {error}"
+    for key in ("tasks_per_node", "cpus_per_task", "time_min"):
         yield from _at_least(f"slurm.{key}", getattr(slurm, key), 1)
     yield from _at_least("slurm.gpus_per_node", slurm.gpus_per_node, 0)
     yield from _at_least("checkpoint.keep_last", checkpoint.keep_last, 2)
@@ -60,7 +66,8 @@ def problems(config: RunConfig) -> Iterator[str]:
         yield from _at_least(f"checkpoint.{key}", getattr(checkpoint, key), 1)
     for key in ("lead_time_s", "max_stalled"):
         yield from _at_least(f"requeue.{key}", getattr(requeue, key), 1)
-    yield from _at_least("requeue.max_requeues", requeue.max_requeues, 0)
+    for key in ("max_requeues", "on_failure"):
+        yield from _at_least(f"requeue.{key}", getattr(requeue, key), 0)
     for key, number in (("slurm.mem_gb", slurm.mem_gb), ("checkpoint.every_minutes", checkpoint.every_minutes)):
         if number is not None and not 0 < number < math.inf:
             yield f"{key}: {number} must be above 0"

@@ -1,8 +1,10 @@
 """defaults <- YAML file <- dotlist, merged and checked. `load` is the only function of the package that reads a file."""
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import yaml
@@ -30,8 +32,13 @@ def find_file(conf: str, folder: Path) -> Path:
     raise _refusal(f"conf={conf}", f"no such file, and {folder}/ holds {known}; give a path or one of those names")
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> DictConfig:
+def load(path: Path, overrides: Sequence[str] = (), defaults: Mapping[str, str] | None = None) -> DictConfig:
     """Return the merged and checked configuration of a file, interpolations unresolved.
+
+    Args:
+        path: its file.
+        overrides: a dotlist over it.
+        defaults: of keys at the top, for where the file has none; name: the file's.
 
     Raises:
         ConfigError: the file cannot be read, a key is unknown, a value has the wrong type or makes no sense.
@@ -40,7 +47,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> DictConfig:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise _refusal(str(path), f"cannot be read ({error}); give a readable YAML file") from None
-    return parse(text, overrides, where=str(path), default_name=path.stem)
+    return parse(text, overrides, where=str(path), defaults=defaults or {"name": path.stem})
 
 
 def of_script(path: Path, name: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -49,10 +56,9 @@ def of_script(path: Path, name: str, overrides: Sequence[str] = ()) -> RunConfig
     Raises:
         ConfigError: as `load`; or it says where to go on from.
     """
-    if path.is_file():
-        config = resolve(load(path, overrides), str(path))
-    else:
-        config = resolve(parse("entrypoint: __main__:main", overrides, where=str(path), default_name=name))
+    defaults = {"name": name, "entrypoint": "__main__:main"}  # the script itself
+    there = load(path, overrides, defaults) if path.is_file() else parse("{}", overrides, where=str(path), defaults=defaults)
+    config = resolve(there, str(path))
     if config.resume != ResumeConfig():
         # Read again at each start, it would be obeyed again at each.
         raise ConfigError(
@@ -61,8 +67,14 @@ def of_script(path: Path, name: str, overrides: Sequence[str] = ()) -> RunConfig
     return config
 
 
-def parse(text: str, overrides: Sequence[str] = (), *, where: str = "configuration", default_name: str = "run") -> DictConfig:
-    """Return the merged and checked configuration of a YAML text; `where` names it in messages.
+def parse(
+    text: str,
+    overrides: Sequence[str] = (),
+    *,
+    where: str = "configuration",
+    defaults: Mapping[str, str] = MappingProxyType({"name": "run"}),
+) -> DictConfig:
+    """Return the merged and checked configuration of a YAML text; `where` names it in messages, `defaults` as `load` takes them.
 
     Raises:
         ConfigError: as `load`.
@@ -80,7 +92,7 @@ def parse(text: str, overrides: Sequence[str] = (), *, where: str = "configurati
         raise _refusal(where, "a list at the top; write `key: value` lines")
     # A section whose lines are all commented out is null to YAML.
     filled = {key: value for key, value in _plain(given).items() if value is not None or key not in ("args", *SECTIONS)}
-    merged = _merge(_schema(default_name), _checked(filled, where))
+    merged = _merge(_schema(tuple(defaults.items())), _checked(filled, where))
     for override in overrides:
         merged = _merge(merged, _checked(_override(override), f"command line: {override}"))
     where = f"{where} and the command line" if overrides else where
@@ -119,9 +131,12 @@ def check(config: RunConfig, where: str = "configuration") -> None:
         raise _refusal(where, problem)
 
 
-def _schema(default_name: str) -> DictConfig:
+@functools.cache
+def _schema(defaults: tuple[tuple[str, str], ...] = ()) -> DictConfig:
+    """Return the schema, which nobody writes to: `_merge` copies it. To build it takes milliseconds, and a sweep has many points."""
     schema = OmegaConf.structured(RunConfig)
-    schema.name = default_name
+    for key, value in defaults:
+        schema[key] = value
     return cast(DictConfig, schema)
 
 
@@ -149,7 +164,7 @@ def _checked(given: dict[str, Any], where: str) -> DictConfig:
     renamed = _renamed(given, FIELD_OF_KEY)
     for key, value in renamed.items():
         try:
-            _merge(_schema("run"), OmegaConf.create({key: value}))
+            _merge(_schema(), OmegaConf.create({key: value}))
         except _OMEGACONF_ERRORS as error:
             raise _wrong_value(where, error, key) from None
     return cast(DictConfig, OmegaConf.create(renamed))

@@ -17,7 +17,8 @@ FIELD_OF_KEY = {key: name for name, key in KEY_OF_FIELD.items()}
 class SlurmConfig:
     """What is asked of Slurm; the local launcher uses tasks_per_node, gpus_per_node, cpus_per_task, time_min and setup."""
 
-    nodes: int = 1
+    # A number, or a range as "2-4".
+    nodes: int | str = 1
     tasks_per_node: int = 1
     gpus_per_node: int = 0
     cpus_per_task: int = 1
@@ -63,6 +64,7 @@ class RequeueConfig:
     lead_time_s: int = 120
     max_requeues: int = 100
     max_stalled: int = 3
+    on_failure: int = 0
 
 
 @dataclass
@@ -95,6 +97,16 @@ class RunConfig:
 SECTIONS = {"slurm": SlurmConfig, "checkpoint": CheckpointConfig, "requeue": RequeueConfig, "resume": ResumeConfig}
 
 
+# What sbatch and other launchers call our keys.
+_ALSO_CALLED = {
+    "ntasks": "slurm.tasks_per_node",
+    "tasks": "slurm.tasks_per_node",
+    "gpus": "slurm.gpus_per_node",
+    "cpus": "slurm.cpus_per_task",
+    "timeout": "slurm.time_min",
+}
+
+
 def keys_of(schema: type) -> list[str]:
     """Return the keys of a section, as users write them."""
     return [KEY_OF_FIELD.get(item.name, item.name) for item in dataclasses.fields(schema)]
@@ -116,7 +128,8 @@ def meant(given: str, known: Sequence[str]) -> str:
         return f"; write it in its section, as `{given.replace('.', ': {', 1)}: …}}`"
     last = given.rpartition(".")[2]
     near = (
-        [key for key in known if key.rpartition(".")[2] == last]
+        [key for key in known if key == _ALSO_CALLED.get(last)]
+        or [key for key in known if key.rpartition(".")[2] == last]
         or difflib.get_close_matches(given, known, n=1, cutoff=0.6)
         or [key for key in known if key.rpartition(".")[2] in difflib.get_close_matches(last, [k.rpartition(".")[2] for k in known], n=1)]
     )

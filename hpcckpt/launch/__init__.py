@@ -1,15 +1,16 @@
 """From a configuration to a job. Sole owner of submitit.
 
-Slurm and this machine are one function to the caller: `submit` checks, writes `config.yaml`, starts the job and returns
+Slurm and this machine are the same to the caller: `check` checks, and `start` writes `config.yaml`, starts the job and returns
 its id. Nothing is written before everything that can be checked was checked, and a refused job leaves what was there.
 """
 
 import contextlib
 import os
 import shlex
+import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -19,20 +20,41 @@ from omegaconf import DictConfig, OmegaConf
 from hpcckpt import config as configuration
 from hpcckpt import scheduler
 from hpcckpt.config import ResumeConfig, RunConfig
-from hpcckpt.errors import ConfigError, RunDirectoryError, SchedulerError
+from hpcckpt.environment import node_range
+from hpcckpt.errors import ConfigError, RunDirectoryError, SchedulerError, SubmissionError
 from hpcckpt.launch import local, slurm
+from hpcckpt.launch.sweep import Point, expand, naming
 from hpcckpt.layout import RunLayout
-from hpcckpt.policy import outcome
+from hpcckpt.policy import check_lead_time, current_job, outcome
+from hpcckpt.signals import children_protected
 from hpcckpt.store import resume
 from hpcckpt.store.checkpoints import CheckpointStore
 from hpcckpt.store.durable import make_private_directory, write_bytes
 from hpcckpt.store.ledger import Ledger
+
+__all__ = [
+    "Point", "Ready", "Submitted", "batch_script", "check", "check_entrypoint", "choose_cluster", "expand", "follow", "how_to_end",
+    "layout_of", "newest_log", "rank_0_log", "start",
+]  # fmt: skip
 
 Cluster = Literal["slurm", "local"]
 IMPORT_TIMEOUT_S = 300.0
 # The mark at the end: a module that ends the process as it is imported may do so with exit code 0.
 _IMPORTED = "hpcckpt: imported"
 _CHECK_ENTRYPOINT = f"import sys; from hpcckpt.task import import_entrypoint as f; f(sys.argv[1]); print({_IMPORTED!r})"
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run that everything was checked of that can be checked here; nothing is written yet."""
+
+    point: Point
+    config: RunConfig
+    layout: RunLayout
+    store: CheckpointStore
+    ledger: Ledger
+    # What the user should know all the same.
+    warning: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,19 +77,20 @@ def choose_cluster(config: RunConfig) -> Cluster:
     return "slurm" if config.cluster == "slurm" else "local"
 
 
-def batch_script(config: RunConfig, where: str) -> str:
-    """Return the batch script that would be submitted; writes nothing into the run directory. `where`: for messages.
+def batch_script(configs: Sequence[RunConfig], where: str) -> str:
+    """Return the batch script that would be submitted for a run, or for all points of a sweep; writes nothing. `where`: for messages.
 
     Raises:
         ConfigError: this cluster cannot do what is asked.
     """
-    layout, cluster = layout_of(config), choose_cluster(config)
+    config, layouts = configs[0], [layout_of(config) for config in configs]
+    cluster = choose_cluster(config)
     _check_cluster(config, cluster, where)
-    if cluster == "local":
-        command = [sys.executable, "-u", "-m", "submitit.core._submit", str(layout.logs)]
-        lines = [*config.slurm.setup, f"# {config.slurm.tasks_per_node} times, side by side, on this machine:", shlex.join(command)]
-        return "\n".join(["#!/bin/bash", *lines, ""])
-    return slurm.batch_script(config, layout)
+    if cluster == "slurm":
+        return slurm.batch_script(config, layouts)
+    commands = [shlex.join([sys.executable, "-u", "-m", "submitit.core._submit", str(layout.logs)]) for layout in layouts]
+    lines = [*config.slurm.setup, f"# {config.slurm.tasks_per_node} times, side by side, on this machine:", *commands]
+    return "\n".join(["#!/bin/bash", *lines, ""])
 
 
 def layout_of(config: RunConfig) -> RunLayout:
@@ -75,41 +98,97 @@ def layout_of(config: RunConfig) -> RunLayout:
     return RunLayout(Path(config.run_dir).expanduser().absolute())
 
 
-def submit(merged: DictConfig, where: str) -> Submitted:
-    """Check everything that can be checked here, then start the job.
+def check(points: Sequence[Point], where: str) -> list[Ready]:
+    """Check everything that can be checked here, of one run or of all points of a sweep; writes nothing.
 
     Args:
-        merged: the configuration as `hpcckpt.config.load` returned it.
-        where: its file, for messages.
+        points: their configurations as `hpcckpt.config.load` returned them.
+        where: the file, for messages.
 
     Raises:
-        ConfigError, RunDirectoryError, CheckpointError: bad input; nothing was submitted, nothing written over.
-        SubmissionError, SchedulerError: Slurm refused or did not answer; what the run directory held is as it was.
+        ConfigError, RunDirectoryError, CheckpointError: bad input.
+        SubmissionError, SchedulerError: Slurm would refuse the job, or did not answer.
     """
-    config = configuration.resolve(merged, where)
-    cluster = choose_cluster(config)
+    configs = [configuration.resolve(point.merged, where) for point in points]
+    script = batch_script(configs, where)
+    runs = []
+    for point, config in zip(points, configs, strict=True):
+        with naming(point.own):
+            runs.append(_ready(point, config, where))
+    for entrypoint, config in {config.entrypoint: config for config in configs}.items():
+        with naming([f"entrypoint={entrypoint}"] if len({config.entrypoint for config in configs}) > 1 else []):
+            check_entrypoint(config, where)
+    if choose_cluster(configs[0]) == "slurm":
+        scheduler.check_script(script)
+    return runs
+
+
+def _ready(point: Point, config: RunConfig, where: str) -> Ready:
     layout = layout_of(config)
-    script = batch_script(config, where)
     _check_run_dir(layout.root)
     ledger = Ledger(layout.events)
     _refuse_if_in_use(layout, ledger)
     store = CheckpointStore.configured(layout, config.checkpoint)
     resume.check(store, config.resume)
-    check_entrypoint(config, where)
-    if cluster == "slurm":
-        scheduler.check_script(script)
-    make_private_directory(layout.root)
-    make_private_directory(layout.logs)
-    make_private_directory(layout.checkpoints)
-    known_events = len(ledger.events())
-    with _restored_on_failure(layout.config), _restored_on_failure(layout.resume_request):
-        resume.ask(layout, store, config.resume)
-        # Without the request: it is applied once, and a copy of this file must not ask again.
-        stored = cast(DictConfig, OmegaConf.merge(merged, {"resume": ResumeConfig()}))
-        write_bytes(layout.config, configuration.dump(stored).encode())
-        job_id, supervisor = local.start(config, layout) if cluster == "local" else (slurm.start(config, layout), None)
-    ledger.append("submitted", job_id=job_id, cluster=cluster, supervisor=supervisor)
-    return Submitted(job_id, cluster, layout, supervisor, known_events)
+    if not config.requeue.enabled or choose_cluster(config) == "local":
+        return Ready(point, config, layout, store, ledger)
+    lead = check_lead_time(ledger.events(), lead_time_s=config.requeue.lead_time_s, time_min=config.slurm.time_min)
+    if lead.refusal is not None:
+        raise ConfigError(f"{where}: {lead.refusal}")
+    return Ready(point, config, layout, store, ledger, lead.warning)
+
+
+def start(runs: Sequence[Ready], announce: Callable[[Sequence[Submitted]], None]) -> list[Submitted]:
+    """Start one run, here or on Slurm, or several as one array of Slurm; `announce` is told as soon as the ledgers have it.
+
+    Signals that would end this process are held back from just before sbatch until then: a job that runs is known.
+
+    Raises:
+        SubmissionError: Slurm refused; what the run directories held is as it was.
+        SchedulerError: Slurm did not answer, or the local job could not be started.
+    """
+    cluster = choose_cluster(runs[0].config)
+    for run in runs:
+        for folder in (run.layout.root, run.layout.logs, run.layout.checkpoints):
+            make_private_directory(folder)
+    known = [len(run.ledger.events()) for run in runs]
+    # Not around a local job, whose processes would inherit it.
+    with children_protected(("INT", "TERM", "HUP")) if cluster == "slurm" else contextlib.nullcontext():
+        with contextlib.ExitStack() as undo:
+            for run in runs:
+                _write(run, undo)
+            started: list[tuple[str, str | None]]
+            if cluster == "slurm":
+                started = [(job_id, None) for job_id in _start_on_slurm(runs)]
+            else:
+                started = [local.start(run.config, run.layout) for run in runs]
+        jobs = []
+        for run, (job_id, supervisor), skip in zip(runs, started, known, strict=True):
+            run.ledger.append("submitted", job_id=job_id, cluster=cluster, supervisor=supervisor, host=socket.gethostname())
+            jobs.append(Submitted(job_id, cluster, run.layout, supervisor, skip))
+        announce(jobs)
+    return jobs
+
+
+def _write(run: Ready, undo: contextlib.ExitStack) -> None:
+    """Lay down what the job reads; `undo` puts back what was there."""
+    undo.enter_context(_restored_on_failure(run.layout.config))
+    undo.enter_context(_restored_on_failure(run.layout.resume_request))
+    resume.ask(run.layout, run.store, run.config.resume)
+    # Without the request: it is applied once, and a copy of this file must not ask again.
+    stored = cast(DictConfig, OmegaConf.merge(run.point.merged, {"resume": ResumeConfig()}))
+    write_bytes(run.layout.config, configuration.dump(stored).encode())
+
+
+def _start_on_slurm(runs: Sequence[Ready]) -> list[str]:
+    config, layouts = runs[0].config, [run.layout for run in runs]
+    script, text = slurm.new_script(layouts[0]), slurm.batch_script(config, layouts)
+    with contextlib.ExitStack() as undo:
+        for run in runs:
+            # What was refused leaves no trace; what was not answered does.
+            undo.enter_context(_restored_on_failure(run.layout.events, SubmissionError))
+            run.ledger.append("submitting", script=str(script))
+        return slurm.start(config, layouts, script, text)
 
 
 def check_entrypoint(config: RunConfig, where: str) -> None:
@@ -177,7 +256,7 @@ def _show_from(log: Path, offset: int, show: Callable[[str], None]) -> int:
 
 
 def _check_cluster(config: RunConfig, cluster: Cluster, where: str) -> None:
-    if cluster == "local" and config.slurm.nodes != 1:
+    if cluster == "local" and node_range(config.slurm.nodes)[0] != 1:
         raise ConfigError(
             f"{where}: slurm.nodes: {config.slurm.nodes} nodes need Slurm, and cluster={config.cluster} means this machine; "
             "set slurm.nodes=1, or submit from a login node"
@@ -200,27 +279,31 @@ def _check_run_dir(root: Path) -> None:
 
 
 def _refuse_if_in_use(layout: RunLayout, ledger: Ledger) -> None:
-    submitted = [event for event in ledger.events() if event.get("event") == "submitted"]
-    if not submitted:
-        return
-    job_id, supervisor = str(submitted[-1]["job_id"]), submitted[-1].get("supervisor")
-    if supervisor is not None:
-        live, job_id = local.is_running(supervisor), local.job_ids(layout)[-1]
-    else:
-        live = scheduler.has_slurm() and scheduler.is_live(job_id)
-    if live:
-        how = f"scancel {job_id}" if supervisor is None else local.how_to_end(supervisor)
+    events = ledger.events()
+    job, found, how = current_job(events), None, ""
+    last = next((event for event in reversed(events) if event.get("event") in ("submitting", "submitted", "successor")), None)
+    if last is not None and last["event"] == "submitting" and scheduler.has_slurm():  # it was cut off, or got no answer
+        found = slurm.job_of(str(last.get("script")))
+    if found is None and job is not None:
+        job_id, supervisor = str(job.get("job_id")), job.get("supervisor")
+        if supervisor is not None:
+            if local.is_running(supervisor):
+                found, how = local.job_ids(layout)[-1], local.how_to_end(supervisor)
+        elif scheduler.has_slurm() and scheduler.is_live(job_id):
+            found = job_id
+    if found is not None:
         raise RunDirectoryError(
-            f"{layout.root}: job {job_id} still waits or runs in this run directory; wait, end it with `{how}`, or set another run_dir"
+            f"{layout.root}: job {found} still waits or runs in this run directory; wait, end it with `{how or f'scancel {found}'}`, "
+            "or set another run_dir"
         )
 
 
 @contextlib.contextmanager
-def _restored_on_failure(path: Path) -> Iterator[None]:
+def _restored_on_failure(path: Path, failure: type[BaseException] = BaseException) -> Iterator[None]:
     before = path.read_bytes() if path.is_file() else None
     try:
         yield
-    except BaseException:
+    except failure:
         if before is None:
             path.unlink(missing_ok=True)
         else:

@@ -140,6 +140,11 @@ class CheckpointStore(CheckpointReader):
                 self._link_best(self._settled())
         return newest
 
+    @property
+    def generation(self) -> int:
+        """This attempt's number; 0 where nothing was claimed."""
+        return self._guard.generation
+
     def keep(self, name: str) -> None:
         """Never delete this one as long as this attempt lives: it went on from it, so it is known to be good."""
         self._source = name

@@ -9,17 +9,22 @@ from typing import Any
 
 
 class Ledger:
-    """Appends to and reads `events.jsonl`."""
+    """Appends to and reads `events.jsonl`.
+
+    With a `generation` each event says which attempt it is of: one that was overtaken may write long after the next has begun.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.generation: int | None = None
 
     def append(self, event: str, /, **fields: Any) -> None:
         """Add one event, durably: what a later attempt counts (requeues, progress) must survive this one.
 
         Any rank may call it.
         """
-        line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}, default=str) + "\n"
+        stamp = {"time": round(time.time(), 3), "event": event} | ({} if self.generation is None else {"generation": self.generation})
+        line = json.dumps({**stamp, **fields}, default=str) + "\n"
         append_lines(self._path, line, durable=True)
 
     def events(self, skip: int = 0) -> list[dict[str, Any]]:

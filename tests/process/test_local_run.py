@@ -1,5 +1,6 @@
 """`python -m hpcckpt.submit` on this machine: real processes, real signals, submitit's real controller."""
 
+import copy
 import json
 import os
 import signal
@@ -23,6 +24,13 @@ class LocalRun:
         self.conf = folder / "exp.yaml"
         self.conf.write_text(f"entrypoint: exact:main\nrun_dir: {self.run_dir}\ncluster: local\nslurm: {{tasks_per_node: 2}}\n")
         self.watchers: list[subprocess.Popen[str]] = []
+
+    @classmethod
+    def of(cls, run: "LocalRun", run_dir: Path) -> "LocalRun":
+        """Return a point of a sweep."""
+        point = copy.copy(run)
+        point.run_dir = run_dir
+        return point
 
     def start(self, *settings: str, **extra: str) -> subprocess.Popen[str]:
         """Submit, and return the process that watches the run."""
@@ -195,6 +203,21 @@ def test_requeueing_can_be_turned_off(run):
     assert "requeue.enabled is false" in done.stderr
     assert len(run.events("attempt")) == 1
     assert run.latest()["step"] in (3, 4)
+
+
+def test_the_points_of_a_sweep_run_one_after_another_and_one_that_fails_is_no_reason_to_leave_out_the_next(run):
+    done = run.submit("--sweep", "args.step_s=text,0", "args.epochs=1", "slurm.tasks_per_node=1", "slurm.nodes=1-4")
+    assert done.returncode == 1, done
+    points = [LocalRun.of(run, run.run_dir / f"args.step_s={value}") for value in ("text", "0")]
+    ids = [str(point.controller()) for point in points]
+    lines = done.stdout.splitlines()
+    assert lines[:2] == [ids[0], f"{ids[0]} {points[0].run_dir}"]
+    assert lines.index(f"{ids[1]} {points[1].run_dir}") == lines.index(ids[1]) + 1
+    (said,) = done.stderr.splitlines()
+    assert said.startswith("hpcckpt: the run did not finish: rank 0 failed: TypeError")
+    assert not points[0].events("finished")
+    assert points[1].events("finished")
+    assert points[1].events("submitted")[0]["time"] > points[0].events("failed")[0]["time"]
 
 
 def test_no_process_outlives_a_run(run):

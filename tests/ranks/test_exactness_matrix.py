@@ -103,8 +103,8 @@ class Matrix:
         for _ in range(20):
             places = places_behind(behind, self.whole(cell)[1])
             before = places[max(places.index(place) - 1, 0)]
-            # One rank acts at once; several agree on the place behind the signal, or on its own where all of them answer that soon.
-            signalled = place if cell.world == 1 else before
+            # Ranks that are all signalled act at once; else they agree on the place behind the signal, or on its own if all answer soon.
+            signalled = place if len(ranks) == cell.world else before
             stopped, _ = self.attempt(run_dir, cell_now or cell, [f"{rank}@{signalled}" for rank in ranks], exact=True)
             if stopped == place:
                 return

@@ -223,7 +223,7 @@ class Places:
     def wait_until_decided(self):
         """Wait until all ranks have answered this one's wish, and it is decided where they stop: none is further than this place."""
         self.signalled, deadline = False, time.monotonic() + DECIDED_TIMEOUT_S
-        while self.is_exact and self.run.world_size > 1 and AGREEMENTS[0]._decision is None and AGREEMENTS[0]._round == 0:
+        while self.is_exact and self.run.world_size > 1 and AGREEMENTS[0]._member.round == 0:
             assert time.monotonic() < deadline, "the ranks do not agree"
             time.sleep(0.0005)
 

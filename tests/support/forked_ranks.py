@@ -115,7 +115,7 @@ def main(path):
     for name in LATE:
         importlib.import_module(name)
     # OmegaConf builds its grammar when the first value is read.
-    config.resolve(config.parse("entrypoint: __main__:main", ["args.some=${name}"], where="here", default_name="warm"))
+    config.resolve(config.parse("entrypoint: __main__:main", ["args.some=${name}"], where="here", defaults={"name": "warm"}))
     # A fork has one thread of its parent's, and for ever the locks of the others.
     assert os.listdir("/proc/self/task") == [str(os.getpid())], "an import has started threads"
     fault_roles.ROLES["rank"] = rank

@@ -1,6 +1,7 @@
 """Runs of a script that names the places in which it can be interrupted; compared with the run that was not."""
 
 import json
+import os
 import random
 from dataclasses import dataclass
 
@@ -55,7 +56,9 @@ class Runs:
 
     def attempt(self, name, world, *arguments, **environ):
         """Run once; returns the exit codes and what was printed."""
-        return self.ranks.run([self.script, self.folder / name, *PATIENT, *arguments], world, environ, job_id=name.replace(" ", "-"))
+        # Of this session's own: ranks of one job find each other by its id.
+        job_id = f"{name.replace(' ', '-')}-{os.getpid()}"
+        return self.ranks.run([self.script, self.folder / name, *PATIENT, *arguments], world, environ, job_id=job_id)
 
     def run(self, name, world, *arguments, stops=(), kills=()):
         """Run until it is through, over stops and kills, each of which comes once."""

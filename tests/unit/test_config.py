@@ -121,7 +121,7 @@ documents = st.fixed_dictionaries(
 def test_what_is_written_down_is_read_back_as_the_same(document: dict[str, object]) -> None:
     merged = config.parse(yaml.safe_dump(document, allow_unicode=True))
     text = config.dump(merged)
-    again = config.parse(text, default_name="another")
+    again = config.parse(text, defaults={"name": "another"})
     assert config.dump(again) == text
     assert config.resolve(again) == config.resolve(merged)
     assert "from_" not in yaml.safe_load(text)["resume"]
@@ -145,9 +145,9 @@ def test_what_is_written_down_is_read_back_as_the_same(document: dict[str, objec
         ("slurm: 3", "slurm: holds 3, but it has keys of its own: nodes, tasks_per_node"),
         ("slurm: gpu", "slurm: holds 'gpu', but it has keys"),
         ("resume: [best]", "resume: holds ['best'], but it has keys of its own: from, epoch, step, weights_only"),
-        ("slurm: {nodes: two}", "slurm.nodes: Value 'two' of type 'str' could not be converted to Integer; mend that value"),
+        ("slurm: {nodes: two}", "slurm.nodes: 'two' is neither a number of nodes from 1 on nor a range of them, as in 2-4"),
         ("slurm: {nodes: 1.5}", "slurm.nodes: Value '1.5'"),
-        ("slurm: {nodes: null}", "slurm.nodes: Incompatible value 'None'"),
+        ("slurm: {nodes: null}", "slurm.nodes: Value 'None' is incompatible"),
         ("slurm: {setup: module load x}", "slurm.setup: "),
         ("slurm: {setup: {a: 1}}", "slurm: "),
         ("slurm: {extra: {1: 2}}", "slurm.extra.1: Key 1 (int)"),
@@ -193,8 +193,11 @@ def test_a_text_that_is_no_configuration_is_answered_with_its_line(text: str, sa
     ("override", "said"),
     [
         ("slurm.node=2", "slurm.node=2: unknown key slurm.node; did you mean slurm.nodes?"),
-        ("slurm.nodes=x", "slurm.nodes=x: slurm.nodes: Value 'x'"),
-        ("slurm.nodes=", "slurm.nodes=: slurm.nodes: Incompatible value 'None'"),
+        ("slurm.time_min=x", "slurm.time_min=x: slurm.time_min: Value 'x'"),
+        ("slurm.nodes=", "slurm.nodes=: slurm.nodes: Value 'None' is incompatible"),
+        ("slurm.ntasks=4", "slurm.ntasks=4: unknown key slurm.ntasks; did you mean slurm.tasks_per_node?"),
+        ("slurm.gpus=4", "slurm.gpus=4: unknown key slurm.gpus; did you mean slurm.gpus_per_node?"),
+        ("ntasks=4", "ntasks=4: unknown key ntasks; did you mean slurm.tasks_per_node?"),
         ("slurm=", "slurm=: slurm: holds None, but it has keys of its own"),
         ("slurm.setup.0=a", "slurm.setup.0=a: slurm: "),
         ("args=[1]", "args=[1]: args: "),
@@ -211,11 +214,11 @@ def test_a_slip_on_the_command_line_is_answered_with_what_was_typed(override: st
 
 
 def test_a_value_without_sense_names_both_places_it_may_come_from() -> None:
-    assert refused(ENTRY, "slurm.nodes=0") == "exp.yaml and the command line: slurm.nodes: 0 must be at least 1"
+    assert refused(ENTRY, "slurm.time_min=0") == "exp.yaml and the command line: slurm.time_min: 0 must be at least 1"
 
 
 def test_an_interpolated_value_is_checked_as_what_it_stands_for() -> None:
-    assert "slurm.nodes: -3 must be at least 1" in refused(f"{ENTRY}args: {{n: -3}}\nslurm: {{nodes: '${{args.n}}'}}\n")
+    assert "slurm.nodes: -3 is neither a number of nodes" in refused(f"{ENTRY}args: {{n: -3}}\nslurm: {{nodes: '${{args.n}}'}}\n")
 
 
 @settings(deadline=None)
@@ -260,3 +263,12 @@ def test_an_unknown_name_is_answered_with_those_there_are(conf: str, tmp_path: P
         Path("conf", f"{name}.yaml").write_text(ENTRY)
     with pytest.raises(ConfigError, match=r"^conf=.*: no such file, and conf/ holds alpha, digits; give a path or one of those names$"):
         config.find_file(conf, Path("conf"))
+
+
+def test_a_scripts_own_file_needs_to_say_only_what_is_otherwise(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("requeue: {on_failure: 1}\n")
+    run = config.of_script(file, "mine")
+    assert (run.name, run.entrypoint, run.requeue.on_failure) == ("mine", "__main__:main", 1)
+    file.write_text("name: other\nentrypoint: train:main\n")
+    assert (config.of_script(file, "mine").name, config.of_script(file, "mine").entrypoint) == ("other", "train:main")

@@ -29,7 +29,11 @@ def refused(key: str, value: object) -> str:
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("slurm.nodes", 0, "must be at least 1"),
+        *[
+            ("slurm.nodes", nodes, "is neither a number of nodes from 1 on nor a range of them, as in 2-4")
+            for nodes in (0, -1, "0", "0-2", "4-2", "2-", "-2", "2-4:2", "2,4", " 2", "2-4\n", "01", "")
+        ],
+        ("requeue.on_failure", -1, "must be at least 0"),
         ("slurm.tasks_per_node", 0, "must be at least 1"),
         ("slurm.cpus_per_task", 0, "must be at least 1"),
         ("slurm.time_min", 0, "must be at least 1"),
@@ -159,7 +163,7 @@ def test_no_control_character_reaches_the_script(character: str) -> None:
         ("open_mode", "nothing: logs always append"),
         ("output", "nothing: logs are in <run_dir>/logs"),
         ("error", "nothing: logs are in <run_dir>/logs"),
-        ("array", "nothing: one run is one job"),
+        ("array", "--sweep; without it a run is one job"),
         ("job-name", "name"),
         ("nodes", "slurm.nodes"),
         ("ntasks", "slurm.nodes and slurm.tasks_per_node"),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcckpt.environment import TaskEnvironment, expand_tasks_per_node, first_host, submission_environ
+from hpcckpt.environment import TaskEnvironment, expand_tasks_per_node, first_host, node_range, submission_environ
 from hpcckpt.errors import TaskEnvironmentError
 
 # Seven tasks on four nodes, started by srun: this is the second of the third node.
@@ -153,6 +153,35 @@ def test_only_launchers_that_were_told_a_size_are_held_to_it(launcher: str, is_c
         task.check_against(2, 3)
 
 
+@pytest.mark.parametrize(
+    ("nodes", "tasks", "is_right"),
+    [
+        ("2-4", 4, True),
+        ("2-4", 6, True),
+        ("2-4", 8, True),
+        ("2-4", 2, False),
+        ("2-4", 10, False),
+        ("2-4", 5, False),
+        ("3-3", 6, True),
+        ("3", 4, False),
+    ],
+)
+def test_any_number_of_nodes_of_a_range_is_what_was_asked_for(nodes: str, tasks: int, is_right: bool) -> None:
+    task = TaskEnvironment("slurm", world_size=tasks)
+    if is_right:
+        task.check_against(nodes, 2)
+    else:
+        text = r"4 to 8 in steps of 2 \(slurm.nodes=2-4 x slurm.tasks" if nodes == "2-4" else r"6 \(slurm.nodes=3 x slurm.tasks"
+        with pytest.raises(TaskEnvironmentError, match=f"{tasks} tasks were started, but the configuration asks for {text}"):
+            task.check_against(nodes, 2)
+
+
+@given(st.integers(1, 10**6), st.integers(0, 10**6))
+def test_a_range_of_nodes_is_read_as_sbatch_reads_it(least: int, more: int) -> None:
+    assert node_range(least) == node_range(str(least)) == (least, least)
+    assert node_range(f"{least}-{least + more}") == (least, least + more)
+
+
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=200))
 def test_run_lengths_are_expanded(counts: list[int]) -> None:
     runs = [(value, len(list(group))) for value, group in itertools.groupby(counts)]
@@ -192,6 +221,7 @@ def test_a_submission_keeps_what_the_user_and_the_site_set() -> None:
         "SLURM_NTASKS": "4", "SLURM_CPU_BIND": "quiet,mask_cpu:0x1", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_CPUS_PER_TASK": "2",
         "SRUN_DEBUG": "3", "PMI_RANK": "0", "PMIX_RANK": "0", "SBATCH_SIGNAL": "B:TERM@1", "SBATCH_NO_REQUEUE": "1", "SBATCH_REQUEUE": "1",
         "SBATCH_OPEN_MODE": "truncate",
+        "SBATCH_ARRAY_INX": "0-3",
     }  # fmt: skip
     before = kept | leaked
     assert submission_environ(before) == kept

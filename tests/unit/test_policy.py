@@ -15,11 +15,19 @@ from hpcckpt.policy import (
     CheckpointInfo,
     Retention,
     StopDecision,
+    check_lead_time,
+    count_failures,
     count_requeues,
     count_stalled,
+    current_job,
+    decide_failed,
+    decide_start,
     decide_stop,
+    fate_of,
     is_epoch_due,
     is_step_due,
+    killed_in_s,
+    last_attempt,
     outcome,
     stop_cause,
 )
@@ -157,6 +165,7 @@ def test_when_a_step_is_saved(step: int, every: int | None, due: bool) -> None:
 
 RUNNING, COMPLETING = {"JobState": "RUNNING", "PreemptTime": "None"}, {"JobState": "COMPLETING", "PreemptTime": "None"}
 PREEMPTED = RUNNING | {"PreemptTime": "2026-01-01T00:00:00"}
+NO_GRACE = {"PreemptTime": "2026-01-01T00:00:00", "EndTime": "2026-01-01T00:00:00"}
 
 
 @pytest.mark.parametrize(
@@ -193,6 +202,16 @@ PREEMPTED = RUNNING | {"PreemptTime": "2026-01-01T00:00:00"}
         pytest.param(["TERM"], {}, None, "terminated", id="a job that tells nothing"),
         pytest.param(["USR2"], RUNNING, 119, "time_limit", id="another warning, on time"),
         pytest.param(["USR2", "TERM"], RUNNING, 3000, "by_hand", id="another signal and SIGTERM, long before the limit"),
+        pytest.param(["TERM"], COMPLETING | NO_GRACE, 3000, "preemption", id="preempted without a grace time, and cancelled by it"),
+        pytest.param(["TERM"], COMPLETING | {"Restarts": "3"}, 3000, "requeued", id="preempted without a grace time, and requeued"),
+        pytest.param(["TERM"], COMPLETING | {"Restarts": "2"}, 3000, "cancelled", id="cancelled in its third life"),
+        pytest.param(["TERM"], COMPLETING | {"Restarts": "many"}, 3000, "cancelled", id="a number that is none"),
+        pytest.param(["stop file"], RUNNING, 3000, "stop_file", id="the stop file"),
+        pytest.param(["USR1", "stop file"], RUNNING, 100, "stop_file", id="the stop file near the limit"),
+        pytest.param(["TERM", "stop file"], PREEMPTED, 3000, "stop_file", id="the stop file in a preemption"),
+        pytest.param(["stop file"], COMPLETING, 3000, "cancelled", id="the stop file, and scancel"),
+        pytest.param(["stop file", "stop file: requeue"], None, None, "stop_file", id="the stop file, rewritten: the end wins"),
+        pytest.param(["stop file: requeue"], RUNNING, 3000, "by_hand", id="the stop file asks for a requeue"),
         pytest.param([], None, None, "terminated", id="no signal known"),
         pytest.param(["USR1"], None, None, "by_hand", id="no Slurm, warned"),
         pytest.param(["TERM"], None, None, "terminated", id="no Slurm, terminated"),
@@ -201,7 +220,9 @@ PREEMPTED = RUNNING | {"PreemptTime": "2026-01-01T00:00:00"}
     ],
 )
 def test_why_a_run_stops(signals: list[str], job: dict[str, str] | None, remaining_s: float | None, cause: str) -> None:
-    assert stop_cause(signals, job, remaining_s, LEAD_S) == cause
+    assert stop_cause(signals, job, remaining_s, LEAD_S, start=2) == cause
+    if cause != "requeued":
+        assert stop_cause(signals, job, remaining_s, LEAD_S) == cause, "where it is not known which start this is"
 
 
 @pytest.mark.parametrize(
@@ -216,6 +237,9 @@ def test_why_a_run_stops(signals: list[str], job: dict[str, str] | None, remaini
         pytest.param("preemption", True, 0, 3, False, "requeue.max_stalled", EXIT_GAVE_UP, id="stalled"),
         pytest.param("time_limit", False, 0, 0, False, "requeue.enabled", EXIT_NOT_REQUEUED, id="not wanted"),
         pytest.param("terminated", True, 0, 0, False, "SIGTERM", EXIT_CANCELLED, id="terminated"),
+        pytest.param("stop_file", True, 0, 0, False, "file `stop`", EXIT_NOT_REQUEUED, id="stop file"),
+        pytest.param("failure", True, 0, 0, True, "failure", 0, id="failure, where that is allowed"),
+        pytest.param("out_of_memory", True, 0, 3, False, "requeue.max_stalled", EXIT_GAVE_UP, id="failure, and stalled"),
         pytest.param("cancelled", True, 0, 0, False, "cancelled", EXIT_CANCELLED, id="cancelled"),
     ],
 )
@@ -232,7 +256,11 @@ def test_a_cancelled_run_stays_cancelled_whatever_else(enabled: bool, requeues: 
     assert decision.exit_code == EXIT_CANCELLED
 
 
-@given(st.sampled_from(["time_limit", "preemption", "cancelled", "by_hand", "terminated"]), st.booleans(), *[st.integers(0, 5)] * 4)
+@given(
+    st.sampled_from(["time_limit", "preemption", "cancelled", "by_hand", "terminated", "stop_file", "failure", "killed"]),
+    st.booleans(),
+    *[st.integers(0, 5)] * 4,
+)
 def test_exit_code_0_is_for_runs_that_go_on_and_only_those(cause: str, enabled: bool, n: int, cap: int, stalled: int, most: int) -> None:
     decision = decide_stop(cause, enabled=enabled, requeues=n, max_requeues=cap, stalled=stalled, max_stalled=most)
     assert (decision.exit_code == 0) == decision.requeue
@@ -254,6 +282,8 @@ def attempt(*steps: int) -> list[dict[str, object]]:
         pytest.param([SUBMITTED, REQUEUE, {"event": "saved"}, REQUEUE], 2, id="twice"),
         pytest.param([SUBMITTED, REQUEUE, REQUEUE, SUBMITTED, REQUEUE], 1, id="since the last submission"),
         pytest.param([SUBMITTED, REQUEUE, {"event": "resubmitted"}, {"unknown": 1}, {}], 1, id="other events count nothing"),
+        pytest.param([SUBMITTED, {"event": "lost", "restarted": True}], 1, id="started again by Slurm, after a node failure"),
+        pytest.param([SUBMITTED, {"event": "lost", "restarted": False}, REQUEUE], 1, id="killed, and then requeued"),
     ],
 )
 def test_requeues_are_counted_since_the_last_submission(events: list[dict[str, object]], count: int) -> None:
@@ -297,6 +327,7 @@ def test_stalled_attempts_are_those_behind_the_last_that_got_further(further: li
 ATTEMPT, FINISHED, LEFT = {"event": "attempt"}, {"event": "finished"}, {"event": "left"}
 ENDED = {"event": "ended", "reason": "the job was cancelled"}
 FAILED, FOLLOWED = {"event": "failed", "rank": 1, "error": "ValueError: x"}, {"event": "failed", "rank": 0, "error": "lost rank 1"}
+LOST, KILLED = {"event": "lost", "fate": "node_failure"}, {"event": "lost", "fate": "out_of_memory"}
 SILENT = "its processes ended without a word (killed, or out of memory?)"
 UNFOLLOWED = "it was requeued, but no attempt followed"
 
@@ -321,6 +352,12 @@ UNFOLLOWED = "it was requeued, but no attempt followed"
         pytest.param([ATTEMPT, REQUEUE, ATTEMPT], "unfinished", SILENT, id="requeued, and silent in the next attempt"),
         pytest.param([ATTEMPT, REQUEUE, ATTEMPT, FINISHED], "finished", "", id="requeued, then finished"),
         pytest.param([ATTEMPT, FAILED, ATTEMPT, FINISHED], "finished", "", id="failed in an attempt before"),
+        pytest.param([ATTEMPT, FAILED, REQUEUE], "requeue", UNFOLLOWED, id="requeued behind a failure"),
+        pytest.param([ATTEMPT, REQUEUE, FAILED], "unfinished", "rank 1 failed: ValueError: x", id="a rank failed on its way out"),
+        pytest.param([ATTEMPT, LOST], "unfinished", "its processes ended without a word (node failure)", id="lost"),
+        pytest.param([ATTEMPT, FAILED, KILLED], "unfinished", "a process of it was killed (out of memory)", id="others fail of one killed"),
+        pytest.param([ATTEMPT, KILLED, REQUEUE], "requeue", UNFOLLOWED, id="requeued behind a kill"),
+        pytest.param([ATTEMPT, KILLED, REQUEUE, ENDED], "unfinished", "a process of it was killed (out of memory)", id="and refused"),
         pytest.param([ATTEMPT, FINISHED, ATTEMPT, ENDED], "unfinished", "the job was cancelled", id="finished in an attempt before"),
         pytest.param([ATTEMPT, REQUEUE, SUBMITTED, {}, {"unknown": 1}], "requeue", UNFOLLOWED, id="other events tell nothing"),
     ],
@@ -339,3 +376,120 @@ def test_a_new_submission_has_a_new_budget_even_where_its_job_was_faster_than_it
         assert count_stalled(ledger) == 1
         assert count_requeues(ledger) == 0
         assert count_stalled(ledger[: -len(newest) - 1]) == 3
+
+
+@pytest.mark.parametrize(
+    ("cause", "remaining_s", "end_s", "signalled_s", "left_s"),
+    [
+        pytest.param("time_limit", 100.0, 100.0, 3.0, 100.0, id="the limit"),
+        pytest.param("time_limit", None, None, 3.0, LEAD_S - 3.0, id="Slurm does not answer: what the warning leaves at least"),
+        pytest.param("by_hand", 3000.0, 3000.0, 3.0, 3000.0, id="by hand: the limit comes all the same"),
+        pytest.param("by_hand", None, None, 3.0, None, id="by hand, no limit"),
+        pytest.param("preemption", 3000.0, 20.0, 3.0, 20.0, id="the end of the grace time"),
+        pytest.param("preemption", 3000.0, None, 3.0, None, id="a grace time that is not told"),
+        pytest.param("preemption", 3000.0, -3.0, 3.0, 7.0, id="no grace time: what there is between SIGTERM and SIGKILL"),
+        pytest.param("preemption", 3000.0, -99.0, 3.0, 0.0, id="and that is over"),
+        pytest.param("requeued", 3000.0, None, 3.0, None, id="nothing more to ask for"),
+        pytest.param("cancelled", 3000.0, 0.0, 3.0, None, id="nothing to hurry for"),
+        pytest.param("stop_file", 3000.0, 3000.0, 3.0, None, id="nothing to go on with"),
+    ],
+)
+def test_how_long_the_processes_live(
+    cause: str, remaining_s: float | None, end_s: float | None, signalled_s: float, left_s: float | None
+) -> None:
+    assert killed_in_s(cause, remaining_s, end_s, signalled_s, LEAD_S) == left_s
+
+
+@pytest.mark.parametrize(
+    ("requeues", "stalled", "said"),
+    [(1, 0, None), (10, 2, None), (11, 0, "requeue.max_requeues"), (1, 3, "requeue.max_stalled")],
+)
+def test_whether_a_job_that_slurm_has_started_again_trains(requeues: int, stalled: int, said: str | None) -> None:
+    decision = decide_start(requeues=requeues, max_requeues=10, stalled=stalled, max_stalled=3)
+    assert (decision is None) == (said is None)
+    if decision is not None and said is not None:
+        assert not decision.requeue
+        assert decision.exit_code == EXIT_GAVE_UP
+        assert said in decision.reason
+
+
+@given(requeues=st.integers(0, 20), cap=st.integers(0, 20), stalled=st.integers(0, 9), most=st.integers(1, 9))
+def test_what_was_requeued_by_itself_is_let_in_by_its_next_start(requeues: int, cap: int, stalled: int, most: int) -> None:
+    """A requeue that ends at its own start would have cost the wait in the queue for nothing."""
+    asked = decide_stop("time_limit", enabled=True, requeues=requeues, max_requeues=cap, stalled=stalled, max_stalled=most)
+    if asked.requeue:
+        assert decide_start(requeues=requeues + 1, max_requeues=cap, stalled=stalled, max_stalled=most) is None
+
+
+@pytest.mark.parametrize(
+    ("cause", "failures", "on_failure", "said"),
+    [
+        pytest.param("failure", 0, 0, "a failure is requeued 0 times (requeue.on_failure)", id="not by itself"),
+        pytest.param("killed", 0, 1, None, id="once"),
+        pytest.param("killed", 1, 1, "a failure is requeued 1 times (requeue.on_failure), and it was 1 times", id="not twice"),
+        pytest.param("preemption", 5, 0, None, id="what Slurm takes away is no failure"),
+        pytest.param("cancelled", 5, 0, None, id="and a cancelled job is decided about as ever"),
+    ],
+)
+def test_whether_a_failure_is_requeued(cause: str, failures: int, on_failure: int, said: str | None) -> None:
+    decision = decide_failed(cause, failures=failures, on_failure=on_failure)
+    assert (None if decision is None else decision.reason) == said
+    assert decision is None or (not decision.requeue and decision.exit_code == 1)
+
+
+def test_failures_are_counted_since_the_last_submission():
+    failure = {"event": "requeue", "cause": "failure"}
+    assert count_failures([SUBMITTED, failure, REQUEUE, failure, {"event": "failed"}]) == 2
+    assert count_failures([SUBMITTED, failure, SUBMITTED, REQUEUE]) == 0
+
+
+def test_the_last_attempt_is_known_with_its_last_word():
+    first, second = {"event": "attempt", "generation": 1}, {"event": "attempt", "generation": 2}
+    assert last_attempt([SUBMITTED]) == (None, None)
+    assert last_attempt([first, {"event": "saved"}, {"event": "stop"}]) == (first, None)
+    assert last_attempt([first, REQUEUE, second]) == (second, None)
+    assert last_attempt([first, REQUEUE, second, {"event": "failed"}, {"event": "note"}]) == (second, "failed")
+
+
+@pytest.mark.parametrize(
+    ("state", "fate"),
+    [("NODE_FAIL", "node_failure"), ("OUT_OF_MEMORY", "out_of_memory"), ("CANCELLED by 1000", "cancelled"), ("PREEMPTED", "preemption"),
+     ("REQUEUED", "killed"), ("", "killed"), ("COMPLETED", "killed")],
+)  # fmt: skip
+def test_what_accounting_says_of_an_end(state: str, fate: str) -> None:
+    assert fate_of(state) == fate
+
+
+def test_a_run_is_in_the_job_of_its_last_submission_or_of_the_successor_of_that():
+    assert current_job([]) is None
+    submitted, successor = {"event": "submitted", "job_id": "7"}, {"event": "successor", "job_id": "8"}
+    assert current_job([submitted, {"event": "attempt"}]) == submitted
+    assert current_job([submitted, successor, {"event": "attempt"}]) == successor
+    assert current_job([submitted, successor, submitted | {"job_id": "9"}])["job_id"] == "9"
+
+
+SAVED, WAITED = {"event": "saved", "save_s": 20.0}, {"event": "stop", "waited_s": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("events", "lead_time_s", "time_min", "refused", "warned"),
+    [
+        pytest.param([], 1, 600, "", "", id="nothing measured yet"),
+        pytest.param([SAVED, WAITED], 29, 600, "requeue.lead_time_s=60", "", id="too short"),
+        pytest.param([SAVED, WAITED], 30, 600, "", "requeue.lead_time_s=60", id="tight"),
+        pytest.param([SAVED, WAITED], 45, 600, "", "", id="enough"),
+        pytest.param([SAVED, {"event": "stop", "waited_s": None}], 25, 600, "", "requeue.lead_time_s=50", id="no wait known"),
+        pytest.param([SAVED, *[{"event": "saved", "save_s": 1.0}] * 5], 10, 600, "", "", id="faster of late"),
+        pytest.param([SAVED], 120, 5, "", "may leave 120 s to train in", id="a short job"),
+        pytest.param([SAVED], 120, 6, "", "", id="not so short"),
+        pytest.param([SAVED], 120, 2, "", "may leave 0 s to train in", id="hardly a job"),
+    ],
+)
+def test_whether_the_lead_time_is_long_enough(
+    events: list[dict[str, object]], lead_time_s: int, time_min: int, refused: str, warned: str
+) -> None:
+    lead = check_lead_time(events, lead_time_s=lead_time_s, time_min=time_min)
+    assert (lead.refusal is None) == (not refused)
+    assert (lead.warning is None) == (not warned)
+    assert refused in (lead.refusal or "")
+    assert warned in (lead.warning or "")

@@ -128,7 +128,7 @@ def test_a_requeue_that_got_no_answer_in_time_is_done_if_the_job_is_pending(
     fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = scheduler.run_command
-    monkeypatch.setattr(scheduler, "run_command", lambda argv: run(argv, timeout_s=1 if "requeue" in argv else 60))
+    monkeypatch.setattr(scheduler, "run_command", lambda argv, **_: run(argv, timeout_s=1 if "requeue" in argv else 60))
     fake("scontrol", answers("exec /bin/sleep 100", "PENDING"))
     scheduler.requeue("7", patience_s=60)
     assert (tmp_path / "calls").read_text() == "requeue 7\nshow job 7\n"

@@ -253,3 +253,48 @@ def test_ctrl_c_raises_inside_whatever_the_parent_wanted(handler: object) -> Non
     with pytest.raises(KeyboardInterrupt), interrupt_raises():
         send(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == handler
+
+
+def test_a_signal_that_is_blocked_while_the_process_starts_is_latched_and_not_lost():
+    """`env --block-signal` in the batch script: Python takes seconds to import torch, and Slurm's warning may come then."""
+    script = (
+        "import os, signal\n"
+        "from hpcckpt.signals import SignalLatch\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)\n"  # would end a process that has not blocked it
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "latch = SignalLatch()\n"
+        "assert not latch.fired\n"
+        "latch.install()\n"
+        "print(*latch.received())\n"
+        "assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()\n"
+    )
+    argv = ["env", "--block-signal=USR1,TERM", sys.executable, "-c", script]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "USR1 TERM\n"), done.stderr
+
+
+def test_a_request_is_latched_under_its_own_name_and_the_time_since_counts_from_the_first(former: list[int]) -> None:
+    with SignalLatch() as latch:
+        assert latch.waited_s() == 0
+        threading.Thread(target=latch.request, args=("stop file",)).start()
+        deadline = time.monotonic() + 10
+        while not latch.fired:
+            assert time.monotonic() < deadline
+        before = latch.waited_s()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert latch.received() == ("USR1", "stop file")
+        assert latch.waited_s() >= before
+    assert former == []
+
+
+def test_behind_a_run_a_warning_that_nobody_handles_is_spared_and_a_termination_is_not() -> None:
+    before = [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGUSR1, signal.SIGTERM)]
+    try:
+        latch = SignalLatch()
+        latch.install()
+        latch.restore(spare=True)
+        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        for number, handler in zip((signal.SIGUSR1, signal.SIGTERM), before, strict=True):
+            signal.signal(number, handler)

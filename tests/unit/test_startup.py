@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from hpcckpt.store.durable import write_json
+
 SLOW = ("torch", "numpy")
 COMMAND = f"{sysconfig.get_path('scripts')}/hpcckpt"
 # sbatch --test-only accepts everything; nothing here is submitted.
@@ -52,6 +54,7 @@ def test_importing_the_package_imports_next_to_nothing(folder: Path) -> None:
         pytest.param(["-m", "hpcckpt.submit", "--help"], id="python -m hpcckpt.submit --help"),
         pytest.param([COMMAND, "--help"], id="hpcckpt --help"),
         pytest.param([COMMAND, "submit", "--help"], id="hpcckpt submit --help"),
+        pytest.param([COMMAND, "status", "--help"], id="hpcckpt status --help"),
     ],
 )
 def test_help_waits_for_no_library(folder: Path, arguments: list[str]) -> None:
@@ -70,6 +73,13 @@ def test_looking_before_submitting_does_not_wait_for_torch(folder: Path, argumen
     imported = imported_by(folder, "-m", "hpcckpt.submit", *arguments)
     assert "omegaconf" in imported
     assert not imported & set(SLOW)
+
+
+def test_asking_how_runs_are_doing_waits_neither_for_torch_nor_for_submitit(folder: Path) -> None:
+    (folder / "run" / "checkpoints").mkdir(parents=True)
+    (folder / "run" / "events.jsonl").write_text('{"event": "submitted", "job_id": "7", "cluster": "slurm"}\n')
+    write_json(folder / "run" / "checkpoints" / "latest.json", {"file": "x.pt"})
+    assert not imported_by(folder, COMMAND, "status", ".") & {*SLOW, "submitit"}
 
 
 def test_submitting_itself_does_not_import_torch_where_the_training_does_not(folder: Path) -> None:

@@ -16,11 +16,12 @@ PACKAGE = Path(hpcckpt.__file__).parent
 
 # A package stands for all of its modules.
 FLOORS = {
-    "submit": 7, "cli": 7, "exits": 7,
+    "submit": 7, "cli": 7, "after": 7, "exits": 7,
     "launch": 6, "task": 6,
     "run": 5,
     "attempt": 4, "checkpoint": 4, "manager": 4, "weights": 4,
     "curves": 3, "exactness": 3, "origin": 3, "reading": 3, "recorder": 3, "requeue": 3,
+    "watch": 3,
     "state": 2, "store": 2, "data": 2, "progress": 2,
     "distributed": 1, "signals": 1, "scheduler": 1,
     "errors": 0, "layout": 0, "config": 0, "environment": 0, "policy": 0,
@@ -30,8 +31,12 @@ FLOORS = {
 SIDEWAYS = {
     ("config.loader", "errors"): "what it raises; errors imports nothing",
     ("environment", "errors"): "what it raises; errors imports nothing",
+    ("config.checks", "environment"): "a range of nodes is read in one place",
+    ("config.checks", "errors"): "what that raises",
     ("cli.main", "submit"): "`hpcckpt submit` is `python -m hpcckpt.submit`",
+    ("after", "exits"): "errors become exit codes in one place",
     ("submit", "exits"): "errors become exit codes in one place",
+    ("cli.status", "exits"): "errors become exit codes in one place",
     ("cli.ckpt", "exits"): "errors become exit codes in one place",
     ("launch.local", "task"): "the callable that submitit pickles",
     ("launch.slurm", "task"): "the callable that submitit pickles",

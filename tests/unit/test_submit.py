@@ -1,9 +1,7 @@
 """The command as a user types it: exit codes, one line on stderr, and nothing left behind by what was refused."""
 
 import os
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,55 +10,17 @@ import yaml
 from hpcckpt.layout import RunLayout
 from hpcckpt.policy import Retention
 from hpcckpt.store.checkpoints import CheckpointStore
-
-Submit = Callable[..., "subprocess.CompletedProcess[str]"]
-SBATCH = 'case $1 in --test-only) /bin/cat > tested;; *) /bin/cat "$1" > submitted; echo "Submitted batch job 7";; esac'
-
-
-def write_program(folder: Path, name: str, body: str) -> None:
-    (folder / "bin").mkdir(exist_ok=True)
-    (folder / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
-    (folder / "bin" / name).chmod(0o700)
+from support.submitting import Submit, contents, make_folder, refusal, submit_from, write_program
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A working directory with conf/, a training module, and a Slurm that accepts everything; its jobs have ended."""
-    (tmp_path / "conf").mkdir()
-    (tmp_path / "conf" / "exp.yaml").write_text("entrypoint: training:main\ncluster: slurm\n")
-    (tmp_path / "training.py").write_text("def main(run): pass\n\n\nnumber = 3\n")
-    write_program(tmp_path, "sbatch", SBATCH)
-    write_program(tmp_path, "srun", "exit 1")
-    write_program(tmp_path, "scontrol", "echo JobId=7 JobState=COMPLETED")
-    return tmp_path
+    return make_folder(tmp_path)
 
 
 @pytest.fixture
 def submit(folder: Path) -> Submit:
-    def run(*arguments: str, **environ: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [sys.executable, "-m", "hpcckpt.submit", *arguments],
-            cwd=folder,
-            env={"PATH": str(folder / "bin"), "HOME": str(folder), "LANG": "C.UTF-8", **environ},
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-
-    return run
-
-
-def refusal(done: "subprocess.CompletedProcess[str]", code: int) -> str:
-    """Return the one line on stderr of a command that ended with `code`."""
-    assert "Traceback" not in done.stderr
-    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (code, "", 1), done.stderr
-    assert done.stderr.startswith("hpcckpt: ")
-    return done.stderr.removeprefix("hpcckpt: ").rstrip("\n")
-
-
-def contents(root: Path) -> dict[str, bytes | None]:
-    return {str(path.relative_to(root)): path.read_bytes() if path.is_file() else None for path in root.rglob("*")}
+    return submit_from(folder)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +35,7 @@ def contents(root: Path) -> dict[str, bytes | None]:
         pytest.param(
             ["conf=exp", "slurm.node=2"], "command line: slurm.node=2: unknown key slurm.node; did you mean slurm.nodes?", id="key"
         ),
-        pytest.param(["conf=exp", "slurm.nodes=x"], "command line: slurm.nodes=x: slurm.nodes: Value 'x'", id="wrong type"),
+        pytest.param(["conf=exp", "slurm.nodes=x"], "slurm.nodes: 'x' is neither a number of nodes from 1 on nor", id="wrong type"),
         pytest.param(["conf=exp", "nonsense"], "command line: 'nonsense' is not of the form key=value", id="no ="),
         pytest.param(["conf=exp", "na\nm\re=1"], "command line: na\\nm\\re=1: unknown key na\\nm\\re", id="newlines"),
         pytest.param(

@@ -1,6 +1,9 @@
 """The batch script: what it asks of Slurm, and that nothing in a configuration is run by the shell that reads it."""
 
+import os
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hpcckpt import config, launch
+from hpcckpt.launch import slurm
 
 HOSTILE = [
     "a b",
@@ -32,24 +36,32 @@ HOSTILE = [
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with an srun that writes down its arguments, and an sbatch beside it."""
     (tmp_path / "bin").mkdir()
-    for name, body in {"srun": 'printf "%s\\n" "$@" > seen; echo "$SUBMITIT_EXECUTOR" > executor', "sbatch": "exit 0"}.items():
-        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
+    body = 'printf "%s\\n" "$@" > seen; echo "$SUBMITIT_EXECUTOR" > executor; exit "${SRUN_CODE:-0}"'
+    for name, text in {"srun": body, "sbatch": "exit 0"}.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o700)
+    for name in ("env", "true"):
+        (tmp_path / "bin" / name).symlink_to(str(shutil.which(name)))
+    slurm.blocking.cache_clear()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", "")  # put back afterwards
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def script(**values: object) -> str:
-    """Return the script for a configuration with these keys; `slurm_x` is slurm.x."""
+def parsed(**values: object) -> config.RunConfig:
+    """Return the configuration with these keys; `slurm_x` is slurm.x."""
     merged = config.parse("entrypoint: a.b:main\ncluster: slurm\n")
     for key, value in values.items():
         section, _, name = key.partition("_")
         holder = merged[section] if section in ("slurm", "requeue") else merged
         holder[name if holder is not merged else key] = value
-    checked = config.parse(config.dump(merged), where="exp.yaml")
-    return launch.batch_script(config.resolve(checked), "exp.yaml")
+    return config.resolve(config.parse(config.dump(merged), where="exp.yaml"))
+
+
+def script(**values: object) -> str:
+    """Return the script for a configuration with these keys."""
+    return launch.batch_script([parsed(**values)], "exp.yaml")
 
 
 def options(text: str) -> dict[str, str | None]:
@@ -128,7 +140,7 @@ def test_srun_ends_all_ranks_with_one_and_gives_each_its_cpus(folder: Path) -> N
     logs = f"{folder}/runs/run/logs"
     assert seen == [
         "--unbuffered", "--output", f"{logs}/%j_%t_log.out", "--error", f"{logs}/%j_%t_log.err", "--kill-on-bad-exit=1",
-        "--cpus-per-task=3", sys.executable, "-u", "-m", "submitit.core._submit", logs,
+        "--cpus-per-task=3", "env", "--block-signal=USR1,TERM", sys.executable, "-u", "-m", "submitit.core._submit", logs,
     ]  # fmt: skip
     assert (folder / "executor").read_text() == "slurm\n"
 
@@ -164,7 +176,7 @@ def test_no_value_is_run_by_a_shell_or_changed_on_its_way(folder: Path, value: s
 
 def test_a_command_for_python_is_words_not_shell(folder: Path) -> None:
     seen = seen_by_srun(script(slurm_python="apptainer exec 'my image.sif' python; touch x"), folder)
-    assert seen[7:14] == ["apptainer", "exec", "my image.sif", "python;", "touch", "x", "-u"]
+    assert seen[9:16] == ["apptainer", "exec", "my image.sif", "python;", "touch", "x", "-u"]
     assert not (folder / "x").exists()
 
 
@@ -184,7 +196,86 @@ def test_what_is_printed_what_is_tested_and_what_is_submitted_are_the_same(folde
 
 def test_a_dry_run_on_this_machine_prints_the_command_and_its_setup(folder: Path) -> None:
     merged = config.parse("entrypoint: a.b:main\ncluster: local\nslurm: {tasks_per_node: 2, setup: [export A=1]}\nrun_dir: a b\n")
-    lines = launch.batch_script(config.resolve(merged), "exp.yaml").splitlines()
+    lines = launch.batch_script([config.resolve(merged)], "exp.yaml").splitlines()
     assert lines[:2] == ["#!/bin/bash", "export A=1"]
     assert shlex.split(lines[-1]) == [sys.executable, "-u", "-m", "submitit.core._submit", f"{folder}/a b/logs"]
     assert not (folder / "a b").exists()
+
+
+def run_batch(text: str, folder: Path, **environ: str) -> int:
+    """Run the script as Slurm's batch shell would; returns its exit code."""
+    done = subprocess.run(
+        ["/bin/bash", "-c", text], cwd=folder, env={**os.environ, **environ}, check=False, timeout=60, capture_output=True
+    )
+    return done.returncode
+
+
+@pytest.fixture
+def after(folder: Path) -> Path:
+    """A Python that writes down what it is called with behind a failed srun, and ends with $AFTER_CODE."""
+    (folder / "bin" / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@" > after\nexit "$AFTER_CODE"\n')
+    (folder / "bin" / "python").chmod(0o700)
+    return folder / "after"
+
+
+@pytest.mark.parametrize("setup", [[], ["set -eu"]])
+@pytest.mark.parametrize("value", HOSTILE)
+def test_a_failed_srun_is_looked_after_and_the_job_ends_with_the_code_of_that(
+    folder: Path, after: Path, value: str, setup: list[str]
+) -> None:
+    text = script(run_dir=f"runs dir/{value}", slurm_python="python", slurm_setup=setup)
+    assert run_batch(text, folder, SRUN_CODE="137", AFTER_CODE="0") == 0
+    assert after.read_text().splitlines() == ["-m", "hpcckpt.after", f"{folder}/runs dir/{value}", "137"]
+    assert run_batch(text, folder, SRUN_CODE="137", AFTER_CODE="76") == 76
+
+
+def test_behind_an_srun_that_did_not_fail_nothing_is_started(folder: Path, after: Path) -> None:
+    assert run_batch(script(slurm_python="python"), folder, AFTER_CODE="3") == 0
+    assert not after.exists()
+
+
+@pytest.mark.parametrize("value", HOSTILE)
+def test_each_task_of_an_array_has_its_own_run_directory_and_logs(folder: Path, after: Path, value: str) -> None:
+    run_dirs = [f"runs dir/{value}/{name}" for name in ("a", value, "b")]
+    text = launch.batch_script(
+        [parsed(run_dir=run_dir, slurm_python="python", slurm_setup=["echo set up"]) for run_dir in run_dirs], "x.yaml"
+    )
+    asked = options(text)
+    assert (asked["--array"], asked["--output"], asked["--error"]) == ("0-2", "/dev/null", "/dev/null")
+    for index, run_dir in enumerate(run_dirs):
+        logs = folder / run_dir / "logs"
+        logs.mkdir(parents=True)
+        assert run_batch(text, folder, SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID=str(index), SRUN_CODE="9", AFTER_CODE="1") == 1
+        seen = (folder / "seen").read_text().splitlines()
+        assert seen[:5] == ["--unbuffered", "--output", f"{logs}/%A_%a_%t_log.out", "--error", f"{logs}/%A_%a_%t_log.err"]
+        assert seen[-1] == str(logs)
+        assert after.read_text().splitlines()[2:] == [str(folder / run_dir), "9"]
+        assert (logs / f"7_{index}_0_log.out").read_text() == "set up\n"
+        assert {path.name for path in logs.iterdir()} == {f"7_{index}_0_log.out", f"7_{index}_0_log.err"}
+
+
+def test_a_signal_to_the_batch_shell_does_not_end_it_and_its_children_have_the_default(folder: Path) -> None:
+    (folder / "bin" / "srun").write_text('#!/bin/sh\nkill -USR1 "$PPID"\nkill -USR2 "$PPID"\ntrap > traps\n')
+    assert run_batch(script(), folder) == 0
+    assert (folder / "traps").read_text() == ""
+
+
+@pytest.mark.parametrize("name", ["USR1", "USR2"])
+def test_python_is_started_with_the_signals_blocked_that_would_end_it(folder: Path, name: str) -> None:
+    (folder / "bin" / "srun").write_text('#!/bin/sh\nwhile [ "$1" != env ]; do shift; done\nexec "$@"\n')
+    (folder / "bin" / "python").write_text(
+        "#!/bin/sh\nwhile read line; do case $line in SigBlk*) echo $line > mask;; esac; done < /proc/$$/status\n"
+    )
+    (folder / "bin" / "python").chmod(0o700)
+    assert run_batch(script(slurm_python="python", requeue_signal=name), folder) == 0
+    mask = int((folder / "mask").read_text().split()[1], 16)
+    assert {number for number in signal.valid_signals() if mask >> (number - 1) & 1} == {signal.Signals[f"SIG{name}"], signal.SIGTERM}
+
+
+@pytest.mark.parametrize("body", ['echo "unrecognized option" >&2; exit 125', None], ids=["old", "none"])
+def test_where_env_cannot_block_signals_python_is_started_as_it_is(folder: Path, body: str | None) -> None:
+    (folder / "bin" / "env").unlink()
+    if body is not None:
+        (folder / "bin" / "env").write_text(f"#!/bin/sh\n{body}\n")
+        (folder / "bin" / "env").chmod(0o700)
+    assert seen_by_srun(script(), folder)[7] == sys.executable

@@ -1,0 +1,67 @@
+"""`python -m hpcckpt.after RUN_DIR EXIT_CODE`: what a batch script does when its `srun` has failed.
+
+A rank that is killed, by the kernel for its memory, say, cannot ask for another attempt, and its fellows do not know why. The batch
+script lives on: it notes what became of the attempt, and has it requeued where Slurm is taking the job away or
+`requeue.on_failure` allows it. Where the run has decided for itself there is nothing to do.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hpcckpt.exits import exit_code
+
+# What a shell reports for a process that signal 9 ended.
+_KILLED = 137
+# How long accounting may take to tell what became of the job's steps.
+ACCOUNTING_TIMEOUT_S = 5.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what is to do behind a failed srun; returns the exit code of the job, which is srun's where no other attempt follows."""
+    parser = argparse.ArgumentParser(prog="python -m hpcckpt.after", description="Behind a failed srun: requeue the run, or say why not.")
+    parser.add_argument("run_dir", type=Path, help="the run directory")
+    parser.add_argument("exit_code", type=int, help="of srun")
+    options = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
+    return exit_code(lambda: _after(options.run_dir, options.exit_code), "the end of the job", "submit again")
+
+
+def _after(run_dir: Path, status: int) -> int:
+    from hpcckpt import config as configuration
+    from hpcckpt import policy, scheduler
+    from hpcckpt.environment import TaskEnvironment, slurm_job_id
+    from hpcckpt.layout import RunLayout
+    from hpcckpt.requeue import Requeue
+    from hpcckpt.store.checkpoints import CheckpointStore
+    from hpcckpt.store.ledger import Ledger
+    from hpcckpt.task import adopt
+
+    layout = RunLayout(run_dir.absolute())
+    config = configuration.of_script(layout.config, layout.root.name)
+    job_id, start = slurm_job_id(os.environ), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    ledger = Ledger(layout.events)
+    attempt, word = policy.last_attempt(ledger.events())
+    # Else its ranks did not get as far as that.
+    is_ours = attempt is not None and (attempt.get("job_id"), attempt.get("incarnation", [])[:1]) == (job_id, [start])
+    if is_ours and word not in (None, "failed"):
+        return status
+    fate: policy.Fate = "killed" if status == _KILLED or (is_ours and word is None) else "failure"
+    lost_nodes = scheduler.unreachable_nodes(os.environ.get("SLURM_JOB_NODELIST", ""))
+    if lost_nodes:
+        fate = "node_failure"  # and the ranks that are left have failed of it
+    elif fate == "killed" and job_id is not None and scheduler.was_out_of_memory(job_id, ACCOUNTING_TIMEOUT_S):
+        fate = "out_of_memory"
+    task = TaskEnvironment("slurm", job_id=job_id, restart_count=start, incarnation=(start,))
+    store = CheckpointStore.configured(layout, config.checkpoint)
+    requeue = Requeue(layout, ledger, task, config.requeue, store, lambda successor: adopt(layout, str(job_id), successor))
+    if attempt is not None and is_ours and fate != "failure":
+        ledger.append("lost", generation=attempt.get("generation"), fate=fate, restarted=False, exit_code=status, nodes=lost_nodes)
+    cause, decision = requeue.decide_failed(fate)
+    code = requeue.go_on("failure" if cause == fate else cause, decision, f"the attempt ended with exit code {status} ({fate})")
+    return 0 if code == 0 else status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
