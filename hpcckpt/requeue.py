@@ -203,7 +203,8 @@ class Requeue:
         print(f"hpcckpt: {what}; requeueing job {job_id} ({cause})", flush=True)
         asked = time.monotonic()
         try:
-            scheduler.requeue(job_id, patience_s=self._config.lead_time_s)
+            start = self._task.incarnation[0] if self._task.incarnation else None
+            scheduler.requeue(job_id, self._config.lead_time_s, start)
         except RequeueForbiddenError as refusal:
             patience_s = max(0.0, asked + self._config.lead_time_s - time.monotonic())
             return self._succeed(job_id, patience_s, refusal, end)

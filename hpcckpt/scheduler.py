@@ -166,12 +166,12 @@ def patiently(action: Callable[[], T], patience_s: float) -> T:
         delay_s = min(delay_s * 2, 10.0)
 
 
-def requeue(job_id: str, patience_s: float = 0.0) -> None:
+def requeue(job_id: str, patience_s: float = 0.0, start: int | None = None) -> None:
     """Ask Slurm to start this job anew: same id, same script. The caller is the job's own rank 0.
 
     Slurm answers and at once sends SIGTERM to every process of the job, scontrol included, so an scontrol that died
     of a signal, or whose answer did not come, tells nothing: then the job's own state does. A busy controller is asked again
-    for `patience_s`; one that forbids it is not.
+    for `patience_s`; one that forbids it is not. `start`: which start of the job this is, if known.
 
     Raises:
         RequeueForbiddenError: Slurm refused (its message is passed on).
@@ -190,15 +190,22 @@ def requeue(job_id: str, patience_s: float = 0.0) -> None:
         failure = f"scontrol requeue {job_id}: {problem}"
         if any(word in problem for word in _FORBIDDEN):
             raise RequeueForbiddenError(failure)
-        if not _was_requeued(job_id, unknown=unknown):
+        if not _was_requeued(job_id, start, unknown=unknown):
             raise SchedulerError(failure)
 
     patiently(ask, patience_s)
 
 
-def _was_requeued(job_id: str, *, unknown: bool) -> bool:
-    """Return whether a request arrived all the same; after an answer that never came, a job that is being ended is one."""
-    state = (job_fields(job_id) or {}).get("JobState")
+def _was_requeued(job_id: str, start: int | None, *, unknown: bool) -> bool:
+    """Return whether a request arrived all the same.
+
+    Behind an answer that never came a job that is being ended may be one; how often it was started tells, since one that is preempted
+    without a grace time is being ended as well.
+    """
+    fields = job_fields(job_id) or {}
+    restarts, state = fields.get("Restarts", ""), fields.get("JobState")
+    if start is not None and restarts.isdigit():
+        return int(restarts) > start
     return state in _WAITING or (unknown and state == "COMPLETING")
 
 

@@ -176,6 +176,7 @@ def _write(run: Ready, undo: contextlib.ExitStack) -> None:
     undo.enter_context(_restored_on_failure(run.layout.resume_request))
     resume.ask(run.layout, run.store, run.config.resume)
     # Without the request: it is applied once, and a copy of this file must not ask again.
+    run.layout.stop.unlink(missing_ok=True)  # whoever submits wants it to run
     stored = cast(DictConfig, OmegaConf.merge(run.point.merged, {"resume": ResumeConfig()}))
     write_bytes(run.layout.config, configuration.dump(stored).encode())
 

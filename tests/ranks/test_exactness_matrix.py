@@ -23,8 +23,8 @@ pytestmark = pytest.mark.timeout(scaled(300, 3000))
 
 REQUEUED, DONE = 144, 0
 WORLDS = (1, 2, 4)
-# Four ranks with three workers each are for a machine with more than two cores.
-WORKERS = [*itertools.product((1, 2), (1, 3)), (4, 1), *([(4, 3)] if CHAOS else [])]
+# All of them are for a machine with more than two cores.
+WORKERS = [*itertools.product((1, 2, 4), (1, 3))] if CHAOS else [(1, 3), (2, 1), (4, 1)]
 # Stops in an evaluation make no step; a chain of them must not look like a run without progress.
 PATIENT = ("requeue.max_stalled=1000", "requeue.max_requeues=1000")
 
@@ -195,7 +195,7 @@ def test_the_number_of_workers_changes_nothing(matrix, world, workers):
     matrix.assert_same(matrix.whole(cell)[0], matrix.whole(with_workers(cell, workers))[0], world)
 
 
-@pytest.mark.parametrize("world", WORLDS if CHAOS else (1, 2))
+@pytest.mark.parametrize("world", WORLDS if CHAOS else (2,))
 def test_nor_does_another_number_of_workers_behind_each_stop(matrix, tmp_path, world):
     cell = Cell("cnn", world)
     stop_everywhere(matrix, cell, tmp_path / "run", workers=(0, 3, 1))

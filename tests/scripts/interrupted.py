@@ -30,6 +30,7 @@ class Interruptions:
         self.left = places[number].split() if number < len(places) else []
         self.is_mine = run.rank == number % run.world_size
         self.counter = counter if run.is_main else None
+        self.is_last = run.rank == run.world_size - 1
         self.has_stepped = False
 
     def note(self) -> None:
@@ -43,6 +44,11 @@ class Interruptions:
         if self.counter is not None:
             with self.counter.with_name("steps").open("a") as file:
                 file.write(".")
+
+    def hang(self) -> None:
+        """Hang for ever where that is the place, on the last rank."""
+        while "hang" in self.left and self.is_last:
+            time.sleep(0.1)
 
     def here(self, place: str) -> None:
         """Be interrupted, if this is the place; all ranks forget it."""
@@ -86,6 +92,8 @@ def main(run: hpcckpt.Run) -> None:
         places.here("epoch")
         for (x,) in run.batches(loader):
             places.here("batch")
+            if places.has_stepped:
+                places.hang()
             optimizer.zero_grad()
             model(x).square().mean().backward()
             optimizer.step()

@@ -171,6 +171,15 @@ def test_where_slurm_takes_neither_it_is_said_how_to_go_on(case, slurm, capsys):
     assert case.adopted == []
 
 
+@pytest.mark.parametrize(("restarts", "requests"), [(0, 2), (1, 1)])
+def test_a_request_that_was_ended_by_the_jobs_own_end_is_made_again_only_if_it_was_lost(case, slurm, restarts, requests):
+    """A job that is preempted without a grace time is COMPLETING, and SIGTERM comes to scontrol, too: both prove nothing."""
+    ended = f"[ -e {{folder}}/tried ] && exit 0; echo > {{folder}}/tried; echo {restarts} > {{folder}}/restarts; kill -TERM $$"
+    slurm.scontrol(requeue=ended, state="COMPLETING", preempted="2999-01-01T11:00:00")
+    assert case.go_on() == 0
+    assert len(slurm.asked("scontrol requeue")) == requests
+
+
 def test_where_nobody_knows_whether_it_was_requeued_there_is_no_successor(case, slurm, capsys):
     slurm.scontrol(requeue=BUSY)
     assert case.go_on() == 75

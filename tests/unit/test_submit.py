@@ -190,6 +190,14 @@ def test_an_accepted_job_is_one_line_with_its_id_and_a_private_directory(submit:
     assert '"event": "submitted", "job_id": "7"' in (root / "events.jsonl").read_text()
 
 
+def test_a_stop_file_that_is_left_from_before_does_not_stop_the_new_run(submit: Submit, folder: Path) -> None:
+    root = folder / "runs" / "exp"
+    root.mkdir(parents=True)
+    (root / "stop").touch()
+    assert submit("conf=exp").returncode == 0
+    assert not (root / "stop").exists()
+
+
 def test_the_printed_configuration_is_one_that_can_be_submitted(submit: Submit, folder: Path) -> None:
     printed = submit("conf=exp", "args.lr=0.5", "slurm.setup=[module load x]", "--print-config")
     (folder / "again.yaml").write_text(printed.stdout)
