@@ -42,11 +42,19 @@ def _after(run_dir: Path, status: int) -> int:
     config = configuration.of_script(layout.config, layout.root.name)
     job_id, start = slurm_job_id(os.environ), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     ledger = Ledger(layout.events)
-    attempt, word = policy.last_attempt(ledger.events())
+    events = ledger.events()
+    attempt, word = policy.last_attempt(events)
+    began = [] if attempt is None else attempt.get("incarnation", [])[:1]
+    is_same_job = attempt is not None and attempt.get("job_id") == job_id
     # Else its ranks did not get as far as that.
-    is_ours = attempt is not None and (attempt.get("job_id"), attempt.get("incarnation", [])[:1]) == (job_id, [start])
-    if is_ours and word not in (None, "failed"):
+    is_ours = is_same_job and began == [start]
+    if (is_ours and word not in (None, "failed")) or (is_same_job and began > [start]):
         return status
+    if attempt is not None and not is_same_job and word is None:
+        print(f"hpcckpt: {layout.root}: job {attempt.get('job_id')} is at work there, so job {job_id} is not requeued", flush=True)
+        return status
+    # What is said here must not be taken for a word of an attempt that is not ours.
+    ledger.generation = attempt.get("generation") if attempt is not None and is_ours else 0
     fate: policy.Fate = "killed" if status == _KILLED or (is_ours and word is None) else "failure"
     lost_nodes = scheduler.unreachable_nodes(os.environ.get("SLURM_JOB_NODELIST", ""))
     if lost_nodes:
@@ -56,10 +64,12 @@ def _after(run_dir: Path, status: int) -> int:
     task = TaskEnvironment("slurm", job_id=job_id, restart_count=start, incarnation=(start,))
     store = CheckpointStore.configured(layout, config.checkpoint)
     requeue = Requeue(layout, ledger, task, config.requeue, store, lambda successor: adopt(layout, str(job_id), successor))
-    if attempt is not None and is_ours and fate != "failure":
-        ledger.append("lost", generation=attempt.get("generation"), fate=fate, restarted=False, exit_code=status, nodes=lost_nodes)
-    cause, decision = requeue.decide_failed(fate)
-    code = requeue.go_on("failure" if cause == fate else cause, decision, f"the attempt ended with exit code {status} ({fate})")
+    if is_ours and fate != "failure":
+        ledger.append("lost", fate=fate, restarted=False, exit_code=status, nodes=lost_nodes)
+    cause, decision = requeue.decide_failed(fate, policy.stopping(events) if is_ours else None)
+    # What counts as a failure in the ledger: `requeue.on_failure`.
+    noted = "failure" if cause in ("killed", "out_of_memory") else cause
+    code = requeue.go_on(noted, decision, f"the attempt ended with exit code {status} ({cause.replace('_', ' ')})")
     return 0 if code == 0 else status
 
 

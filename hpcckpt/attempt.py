@@ -14,7 +14,7 @@ from hpcckpt import policy, scheduler
 from hpcckpt.config import RunConfig
 from hpcckpt.distributed import Agreement, Ranks, Wish
 from hpcckpt.environment import TaskEnvironment
-from hpcckpt.errors import CheckpointSaveError, FencedError
+from hpcckpt.errors import FencedError
 from hpcckpt.layout import RunLayout
 from hpcckpt.origin import Origin, Restored
 from hpcckpt.recorder import Recorder
@@ -104,18 +104,18 @@ class Attempt:
     def saving(self, reason: str, step: int) -> Iterator[None]:
         """Within it a checkpoint is saved, for `reason`. Every rank must enter it.
 
-        At a stop a save that fails (a full disk) is told and no more: the run goes on from the one before, and where it cannot save again
-        and again, it ends by requeue.max_stalled.
+        At a stop a save that fails (a full disk, say) is told and no more: the run goes on from the one before, and where it cannot save
+        again and again, it ends by requeue.max_stalled.
         """
         self._saved = f"saved at step {step}"
         try:
             yield
-        except CheckpointSaveError as error:
-            if reason != "stop":
+        except Exception as error:
+            if reason != "stop" or isinstance(error, FencedError):
                 raise
             self._saved = f"step {step} could not be saved"
             if self._ranks.is_main:
-                self.ledger.append("save_failed", step=step, error=str(error))
+                self.ledger.append("save_failed", step=step, error=f"{type(error).__name__}: {error}")
                 print(f"hpcckpt: {error}; going on from the checkpoint before", flush=True)
         else:
             self.note_saved()
@@ -161,6 +161,7 @@ class Attempt:
         """End in order; `kind` is the ledger's word for it. Every rank must call it."""
         self.is_over = True
         if self._watch is not None:
+            self._requeue.settle()
             self._watch.close()
             self._watch.take_back()
         self._disconnect()
@@ -188,12 +189,14 @@ class Attempt:
             lambda: self._requeue.decide({name for names in received for name in names}, step, round(max(waited_s), 3))
         )
         self.is_over = True
-        self._disconnect()
+        with suppress(RuntimeError):  # a rank that dies on its way out keeps nobody
+            self._disconnect()
         # The signals stay latched: a second one must be harmless on the way out.
         if self._watch is None:
             # Rank 0's code is the job's: a bad one from here would let srun kill rank 0 before it has asked.
             raise SystemExit(LOCAL_REQUEUE_EXIT_CODE if self._task.launcher == "local" and stop.decision.requeue else 0)
-        self._watch.take_back()
+        if stop.cause != "requeued":  # else nobody has done what the file asks for
+            self._watch.take_back()
         code = self._requeue.go_on(stop.cause, stop.decision, self._saved)
         self._watch.close()
         raise SystemExit(code)
@@ -204,6 +207,8 @@ class Attempt:
         if self._watch is not None:
             self._watch.close()
         if not isinstance(error, Exception):  # the script's own SystemExit, or Ctrl-C: the process ends at once
+            if isinstance(error, SystemExit) and error.code not in (None, 0):
+                self.ledger.append("failed", rank=self._ranks.rank, step=step, error=f"SystemExit: {error.code}")
             self.agreement.close(timeout_s=1)  # who waits for this rank is told
             return
         # An attempt that was overtaken has not failed: it is not wanted any more.
@@ -224,11 +229,14 @@ class Attempt:
 
     def _overdue(self, signals: set[str]) -> None:
         """Go on from the newest checkpoint, since the job's time is over before all ranks have come to the stop. Rank 0's watch."""
-        where = self.agreement.whereabouts_text()
+        try:
+            where = self.agreement.whereabouts_text(timeout_s=1.5)
+        except Exception as error:  # noqa: BLE001 - nothing may keep it from going on
+            where = f"{type(error).__name__}: {error}"
         self.ledger.append("overdue", signals=sorted(signals), where=where)
         print(f"hpcckpt: the job's time is over before all ranks have come to the stop: {where}", flush=True)
         stop = self._requeue.decide(signals, None)
-        if self._watch is not None:
+        if self._watch is not None and stop.cause != "requeued":
             self._watch.take_back()
         self._requeue.go_on(stop.cause, stop.decision, "what was saved last is what there is")
 

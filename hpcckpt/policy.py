@@ -142,7 +142,7 @@ def stop_cause(
     restarts = fields.get("Restarts", "")
     if start is not None and restarts.isdigit() and int(restarts) > start:
         return "requeued"
-    over = remaining_s is not None and remaining_s <= 0
+    over = fields["Reason"] == "TimeLimit" if state == "COMPLETING" and "Reason" in fields else remaining_s is not None and remaining_s <= 0
     preempted = fields.get("PreemptTime", "None") not in ("None", "Unknown", "N/A", "")
     ends_by_preemption = preempted and fields["PreemptTime"] == fields.get("EndTime")
     # First: a job that is cancelled within the grace time of its preemption shows both.
@@ -230,7 +230,7 @@ def decide_failed(cause: Cause | Fate, *, failures: int, on_failure: int) -> Sto
         failures: how often it was requeued behind a failure before.
         on_failure: `requeue.on_failure`.
     """
-    if cause in ("preemption", "requeued", "node_failure", "cancelled") or failures < on_failure:
+    if cause not in ("failure", "killed", "out_of_memory") or failures < on_failure:
         return None
     done = f", and it was {failures} times" if failures else ""
     return StopDecision(False, f"a failure is requeued {on_failure} times (requeue.on_failure){done}", EXIT_FAILED)
@@ -268,6 +268,12 @@ def last_attempt(events: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any]
         elif event.get("event") in _LAST_WORDS and not _is_of_another(event, attempt):
             word = str(event["event"])
     return attempt, word
+
+
+def stopping(events: Iterable[Mapping[str, Any]]) -> Cause | None:
+    """Return why the last attempt had agreed to be requeued, if it had."""
+    marks = [event for event in events if event.get("event") == "attempt" or (event.get("event") == "stop" and event.get("requeue"))]
+    return marks[-1].get("cause") if marks else None
 
 
 def _is_of_another(event: Mapping[str, Any], attempt: Mapping[str, Any] | None) -> bool:
@@ -341,9 +347,19 @@ def check_lead_time(events: Iterable[Mapping[str, Any]], *, lead_time_s: int, ti
 
 
 def _since_submission(events: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return what belongs to the last submission: a job can be faster than the command that has started it."""
+    """Return what belongs to the last submission: a job can be faster than the command that has started it.
+
+    A job that nothing tells of was submitted by hand, with a script of one's own.
+    """
+    known = list(events)
+    told = {event.get("job_id") for event in known if event.get("event") in ("submitted", "resubmitted", "successor")}
     stretch: list[Mapping[str, Any]] = []
-    for event in events:
+    job: object = None
+    for event in known:
+        if event.get("event") == "attempt":
+            if job is not None and event.get("job_id") not in {job, None, *told}:
+                stretch = []
+            job = event.get("job_id")
         if event.get("event") == "submitted":
             own = [index for index, earlier in enumerate(stretch) if earlier.get("job_id") == event.get("job_id", "")]
             stretch = stretch[own[0] :] if own else []
@@ -367,7 +383,8 @@ def outcome(events: Iterable[Mapping[str, Any]]) -> tuple[Literal["finished", "r
     if next((event["event"] for event in reversed(attempt) if event.get("event") in _LAST_WORDS), None) == "requeue":
         return "requeue", "it was requeued, but no attempt followed"
     if by_kind.get("lost", {}).get("fate") in ("killed", "out_of_memory"):  # the other ranks fail of it
-        return "unfinished", f"a process of it was killed ({by_kind['lost']['fate'].replace('_', ' ')})"
+        also = f"; rank {by_kind['failed'].get('rank')} failed: {by_kind['failed'].get('error')}" if "failed" in by_kind else ""
+        return "unfinished", f"a process of it was killed ({by_kind['lost']['fate'].replace('_', ' ')}){also}"
     if "failed" in by_kind:  # the first: the other ranks fail of it
         return "unfinished", f"rank {by_kind['failed'].get('rank')} failed: {by_kind['failed'].get('error')}"
     if "finished" in by_kind:

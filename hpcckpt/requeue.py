@@ -38,6 +38,13 @@ class Outlook:
     job: dict[str, str] | None = None
     remaining_s: float | None = None
     end_s: float | None = None
+    asked: float = 0.0
+
+    def aged(self) -> "Outlook":
+        """Return it as it would be now, if nothing else has changed."""
+        age_s, now = time.monotonic() - self.asked, time.monotonic()
+        older = [None if left_s is None else left_s - age_s for left_s in (self.remaining_s, self.end_s)]
+        return Outlook(self.job, older[0], older[1], now)
 
 
 @dataclass(frozen=True)
@@ -84,16 +91,18 @@ class Requeue:
             job = scheduler.patiently(lambda: scheduler.job_fields(job_id, timeout_s=max(patience_s, 1.0)), patience_s)
         except SchedulerError as error:
             self._ledger.append("scheduler_error", problem=str(error))
-            return self._seen
+            return self._seen.aged()
         now = datetime.now()  # noqa: DTZ005 - Slurm prints local time
-        self._seen = Outlook(job, *((scheduler.remaining_s(job, now), scheduler.end_s(job, now)) if job else (None, None)))
+        times = (scheduler.remaining_s(job, now), scheduler.end_s(job, now)) if job else (None, None)
+        self._seen = Outlook(job, *times, time.monotonic())
         return self._seen
 
     def killed_in_s(self, signals: Collection[str], signalled_s: float) -> float | None:
         """Return in how many seconds Slurm will end the processes, at the latest, given the signals so far; None where unknown."""
         if self._task.launcher == "local" or self._task.job_id is None:
             return None
-        outlook = self.look()
+        # The second time there is something to go by already.
+        outlook = self.look(ASK_PATIENCE_S if self._seen.job is None else 1.0)
         cause = self._cause(signals, outlook)
         if outlook.job is None and set(signals) & {self._config.signal}:
             cause = "time_limit"  # nobody answers: be prepared
@@ -113,6 +122,10 @@ class Requeue:
         self._store.refuse_if_fenced()
         outlook = self.look()
         cause = self._cause(signals, outlook)
+        if cause == "terminated" and outlook.job is None:
+            # Who preempts many jobs at once is slow to answer, and without an answer this one would be over.
+            outlook = self.look(self._config.lead_time_s)
+            cause = self._cause(signals, outlook)
         decision, left_s = self._decision(cause), outlook.remaining_s
         # How much earlier than asked Slurm has sent the warning.
         early_s = None
@@ -131,11 +144,18 @@ class Requeue:
         )
         return Stop(cause, decision)
 
-    def decide_failed(self, fate: policy.Fate) -> tuple[policy.Cause | policy.Fate, policy.StopDecision]:
-        """Return what became of processes that ended without having asked for anything, and whether the run goes on."""
+    def decide_failed(
+        self, fate: policy.Fate, stopping: policy.Cause | None = None
+    ) -> tuple[policy.Cause | policy.Fate, policy.StopDecision]:
+        """Return what became of processes that ended without having asked for anything, and whether the run goes on.
+
+        Args:
+            fate: what is known of it.
+            stopping: why all ranks had agreed to be requeued before that, if they had.
+        """
         seen = self._cause((), self.look())
         # They may have ended because of what Slurm does to the job.
-        cause = seen if seen in ("preemption", "requeued", "cancelled") else fate
+        cause = seen if seen in ("preemption", "requeued", "cancelled") else stopping or fate
         failures = policy.count_failures(self._ledger.events())
         return cause, policy.decide_failed(cause, failures=failures, on_failure=self._config.on_failure) or self._decision(cause)
 
@@ -159,6 +179,11 @@ class Requeue:
     def _cause(self, signals: Collection[str], outlook: Outlook) -> policy.Cause:
         start = self._task.incarnation[0] if self._task.incarnation else None
         return policy.stop_cause(signals, outlook.job, outlook.remaining_s, self._config.lead_time_s, start)
+
+    def settle(self) -> None:
+        """Have nothing asked for any more: the run is through. Waits for who is asking."""
+        with self._lock:
+            self._exit_code = self._exit_code or 0
 
     def _decision(self, cause: policy.Cause | policy.Fate) -> policy.StopDecision:
         events = self._ledger.events()
@@ -217,9 +242,12 @@ class Requeue:
             successor = scheduler.submit_successor(job_id, patience_s)
         except SchedulerError as error:
             return end(f"Slurm did not requeue it ({refusal}), nor take a successor ({error})", policy.EXIT_NOT_REQUEUED)
-        if self._adopt is not None:
-            self._adopt(successor)
         self._ledger.append("successor", job_id=successor, of=job_id, refusal=str(refusal))
+        try:
+            if self._adopt is not None:
+                self._adopt(successor)
+        except OSError as error:
+            return end(f"its successor, job {successor}, has nothing to run ({error.strerror or error}): end it", policy.EXIT_NOT_REQUEUED)
         print(f"hpcckpt: requeueing is not allowed ({refusal}); job {successor} goes on when this one is over", flush=True)
         return 0
 

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 COMMAND_TIMEOUT_S = 60.0
 # What scontrol says when asking again is no use.
-_FORBIDDEN = ("disabled", "denied", "Invalid job id", "not supported")
+_FORBIDDEN = ("disabled", "denied", "Only batch jobs", "Invalid job id", "not supported")
 # Options of sbatch that a script may leave to the command line: each with its short form, and the variable that tells its value.
 _SIZES = {
     "nodes": ("-N", "SLURM_JOB_NUM_NODES"),
@@ -106,9 +106,12 @@ def parse_job_fields(text: str) -> dict[str, str]:
 def remaining_s(fields: Mapping[str, str], now: datetime) -> float | None:
     """Return seconds from `now` (local time, as Slurm prints) to the job's time limit; None when it has none.
 
-    Of StartTime and TimeLimit: EndTime is the limit only while a job runs undisturbed.
+    Of RunTime and TimeLimit, which know of suspensions and of no time zone; else of StartTime. EndTime is the limit only while a job
+    runs undisturbed.
     """
-    limit_s = parse_time_limit(fields.get("TimeLimit", ""))
+    limit_s, ran_s = parse_time_limit(fields.get("TimeLimit", "")), parse_time_limit(fields.get("RunTime", ""))
+    if ran_s is not None:
+        return None if limit_s is None else limit_s - ran_s
     try:
         started = datetime.fromisoformat(fields.get("StartTime", ""))
     except ValueError:
@@ -221,6 +224,8 @@ def submit_successor(job_id: str, patience_s: float = 0.0) -> str:
         SchedulerError: it did not answer.
     """
     environ = submission_environ(os.environ)
+    if environ.get("GLOO_SOCKET_IFNAME") == "lo":  # set for ranks of one node; the successor may get more
+        del environ["GLOO_SOCKET_IFNAME"]
     _, _, task = job_id.partition("_")
 
     def answer(*argv: str, stdin: str = "") -> str:
@@ -233,8 +238,8 @@ def submit_successor(job_id: str, patience_s: float = 0.0) -> str:
 
     def ask() -> str:
         # The name comes last: it may hold anything.
-        now = answer("squeue", "--noheader", f"--jobs={job_id}", "--format=%P|%a|%q|%l|%j").strip()
-        values = dict(zip(("partition", "account", "qos", "time", "job-name"), now.split("|", maxsplit=4), strict=False))
+        now = answer("squeue", "--noheader", f"--jobs={job_id}", "--format=%P|%a|%q|%l|%Z|%j").strip()
+        values = dict(zip(("partition", "account", "qos", "time", "chdir", "job-name"), now.split("|", maxsplit=5), strict=False))
         for line in answer("squeue", "--noheader", "--me", "--format=%F|%i|%E|%j").splitlines():
             parent, successor, dependency, name = line.split("|", maxsplit=3)
             if name == values.get("job-name") and re.search(rf"\bafterany:{job_id}\b(?!_)", dependency):
@@ -272,23 +277,27 @@ def former_state(job_id: str, timeout_s: float) -> str:
 def unreachable_nodes(nodelist: str, timeout_s: float = 3.0) -> list[str]:
     """Return those of a job's nodes on which Slurm's daemon does not listen any more; nodes of which nothing is known are left out.
 
-    Slurm itself notices a node that is gone after minutes (SlurmdTimeout).
+    Slurm itself notices a node that is gone after minutes (SlurmdTimeout). Where none of the nodes can be reached, nodes are not to be
+    reached from here at all, and nothing is known.
     """
     try:
         done = run_command(["scontrol", "--oneliner", "show", "node", nodelist])
         port = re.search(r"SlurmdPort\s*=\s*(\d+)", run_command(["scontrol", "show", "config"]).stdout)
     except SchedulerError:
         return []
-    lost = []
+    lost, reached = [], False
     for line in done.stdout.splitlines() if nodelist else []:
         words = dict(word.split("=", maxsplit=1) for word in line.split() if "=" in word)
         number = words.get("Port") or (port[1] if port else "")
         if number.isdigit() and "NodeAddr" in words:
             try:
                 socket.create_connection((words["NodeAddr"], int(number)), timeout_s).close()
+                reached = True
+            except socket.gaierror:
+                continue
             except OSError:
                 lost.append(words.get("NodeName", words["NodeAddr"]))
-    return lost
+    return lost if reached else []
 
 
 def was_out_of_memory(job_id: str, timeout_s: float) -> bool:

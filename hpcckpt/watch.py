@@ -83,6 +83,7 @@ class Watch:
             left_s = POLL_S if deadline is None else min(POLL_S, max(0.0, deadline - time.monotonic()))
             ready, _, _ = select.select([self._reader], [], [], left_s)
             new = self._latch.names_of(os.read(self._reader, 4096)) if ready else self._asked()
+            new |= set(self._latch.received())  # something may have taken the pipe away
             if new - names:
                 return new - names
         return set()

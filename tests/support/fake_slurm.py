@@ -14,7 +14,7 @@ class FakeSlurm:
         (folder / "script").write_text(SCRIPT)
         (folder / "queue").touch()
         self.scontrol()
-        self.write("squeue", 'case "$*" in *--me*) cat {folder}/queue;; *) echo "gpu|lab|(null)|2:00:00|my run";; esac')
+        self.write("squeue", 'case "$*" in *--me*) cat {folder}/queue;; *) echo "gpu|lab|(null)|2:00:00|/home/me/work|my run";; esac')
         self.sbatch("cat > {folder}/submitted; echo 8")
 
     def write(self, name: str, body: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 from submitit.core.utils import DelayedSubmission
 
 from hpcckpt.layout import RunLayout
+from hpcckpt.policy import last_attempt
 from hpcckpt.store.ledger import Ledger
 from hpcckpt.task import RankTask
 from support.fake_slurm import FakeSlurm
@@ -144,15 +145,17 @@ def test_on_a_lost_node_the_start_that_has_taken_over_is_left_alone(case):
 
 @pytest.mark.parametrize("is_up", [False, True])
 def test_a_node_that_is_gone_is_no_failure_of_the_runs(case, is_up):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as here, socket.create_server(("127.0.0.1", 0)) as there:
+        ports = [server.getsockname()[1] for server in (here, there)]
         if not is_up:
-            server.close()
-        case.slurm.scontrol(node=f"NodeName=n2 NodeAddr=127.0.0.1 Port={port} State=ALLOCATED")
+            there.close()
+        case.slurm.scontrol(node="\n".join(f"NodeName=n{number} NodeAddr=127.0.0.1 Port={port}" for number, port in enumerate(ports, 1)))
         case.attempt("failed", rank=0, error="RuntimeError: Connection closed by peer")
-        done = case.after(SLURM_JOB_NODELIST="n2")
+        done = case.after(SLURM_JOB_NODELIST="n[1-2]")
     assert done.returncode == (1 if is_up else 0)
     assert case.slurm.asked("scontrol requeue") == ([] if is_up else ["scontrol requeue 7"])
+    requeues = [event["cause"] for event in case.ledger.events() if event["event"] == "requeue"]
+    assert requeues == ([] if is_up else ["node_failure"]), "not a failure: it is not counted by requeue.on_failure"
     assert [(event["fate"], event["nodes"]) for event in case.ledger.events() if event["event"] == "lost"] == (
         [] if is_up else [("node_failure", ["n2"])]
     )
@@ -185,6 +188,35 @@ def test_a_successor_of_submitits_finds_its_task(case):
     assert case.after().returncode == 0
     task = DelayedSubmission.load(case.layout.logs / "8_submitted.pkl")
     assert task.function == RankTask(str(case.layout.root))
+
+
+def test_nodes_that_cannot_be_reached_at_all_tell_nothing(case):
+    """In a container without names, or behind a firewall: a failure of the script's own is no lost node."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    lines = [f"NodeName=n1 NodeAddr=127.0.0.1 Port={port}", "NodeName=n2 NodeAddr=no-such-host.invalid Port=1"]
+    case.slurm.scontrol(node="\n".join(lines))
+    case.attempt("failed", rank=0, error="ValueError: x")
+    assert case.after(SLURM_JOB_NODELIST="n[1-2]").returncode == 1
+    assert case.slurm.asked("scontrol requeue") == []
+
+
+@pytest.mark.parametrize("live", [{"job_id": "8", "incarnation": [0]}, {"job_id": "7", "incarnation": [1]}])
+def test_the_word_of_one_that_was_refused_or_overtaken_is_not_taken_for_the_live_attempts(case, live):
+    """A second job in the same directory, or an older start on a lost node, fails: that says nothing of who trains there."""
+    case.allow(5)
+    case.ledger.append("attempt", generation=2, **live)
+    assert case.after().returncode == 1
+    assert case.slurm.asked("scontrol requeue") == []
+    assert last_attempt(case.ledger.events())[1] is None
+
+
+def test_what_fails_behind_the_agreement_to_be_requeued_is_requeued(case):
+    case.attempt()
+    case.ledger.append("stop", generation=1, cause="time_limit", requeue=True)
+    case.ledger.append("failed", generation=1, rank=0, error="RuntimeError: Connection closed by peer")
+    assert case.after().returncode == 0
+    assert [event["cause"] for event in case.ledger.events() if event["event"] == "requeue"] == ["time_limit"]
 
 
 def test_it_needs_no_torch(case):

@@ -206,6 +206,8 @@ NO_GRACE = {"PreemptTime": "2026-01-01T00:00:00", "EndTime": "2026-01-01T00:00:0
         pytest.param(["TERM"], COMPLETING | {"Restarts": "3"}, 3000, "requeued", id="preempted without a grace time, and requeued"),
         pytest.param(["TERM"], COMPLETING | {"Restarts": "2"}, 3000, "cancelled", id="cancelled in its third life"),
         pytest.param(["TERM"], COMPLETING | {"Restarts": "many"}, 3000, "cancelled", id="a number that is none"),
+        pytest.param(["TERM"], COMPLETING | {"Reason": "None"}, -3600, "cancelled", id="scancel of a job that was suspended for long"),
+        pytest.param(["TERM"], COMPLETING | {"Reason": "TimeLimit"}, 2, "time_limit", id="the limit, by a clock that goes late"),
         pytest.param(["stop file"], RUNNING, 3000, "stop_file", id="the stop file"),
         pytest.param(["USR1", "stop file"], RUNNING, 100, "stop_file", id="the stop file near the limit"),
         pytest.param(["TERM", "stop file"], PREEMPTED, 3000, "stop_file", id="the stop file in a preemption"),
@@ -266,6 +268,11 @@ def test_exit_code_0_is_for_runs_that_go_on_and_only_those(cause: str, enabled: 
     assert (decision.exit_code == 0) == decision.requeue
 
 
+def by_hand(job_id: str) -> dict[str, object]:
+    """Return the beginning of an attempt in a job that no submission tells of."""
+    return {"event": "attempt", "job_id": job_id}
+
+
 SUBMITTED, REQUEUE = {"event": "submitted"}, {"event": "requeue"}
 
 
@@ -282,6 +289,11 @@ def attempt(*steps: int) -> list[dict[str, object]]:
         pytest.param([SUBMITTED, REQUEUE, {"event": "saved"}, REQUEUE], 2, id="twice"),
         pytest.param([SUBMITTED, REQUEUE, REQUEUE, SUBMITTED, REQUEUE], 1, id="since the last submission"),
         pytest.param([SUBMITTED, REQUEUE, {"event": "resubmitted"}, {"unknown": 1}, {}], 1, id="other events count nothing"),
+        pytest.param([by_hand("7"), REQUEUE, by_hand("7"), REQUEUE], 2, id="one job of a script of one's own"),
+        pytest.param([by_hand("7"), REQUEUE, by_hand("7"), REQUEUE, by_hand("8"), REQUEUE], 1, id="and another one"),
+        pytest.param(
+            [by_hand("7"), REQUEUE, {"event": "successor", "job_id": "8"}, by_hand("8"), REQUEUE], 2, id="which is the successor of that"
+        ),
         pytest.param([SUBMITTED, {"event": "lost", "restarted": True}], 1, id="started again by Slurm, after a node failure"),
         pytest.param([SUBMITTED, {"event": "lost", "restarted": False}, REQUEUE], 1, id="killed, and then requeued"),
     ],
@@ -328,6 +340,7 @@ ATTEMPT, FINISHED, LEFT = {"event": "attempt"}, {"event": "finished"}, {"event":
 ENDED = {"event": "ended", "reason": "the job was cancelled"}
 FAILED, FOLLOWED = {"event": "failed", "rank": 1, "error": "ValueError: x"}, {"event": "failed", "rank": 0, "error": "lost rank 1"}
 LOST, KILLED = {"event": "lost", "fate": "node_failure"}, {"event": "lost", "fate": "out_of_memory"}
+OOM = "a process of it was killed (out of memory)"
 SILENT = "its processes ended without a word (killed, or out of memory?)"
 UNFOLLOWED = "it was requeued, but no attempt followed"
 
@@ -355,9 +368,9 @@ UNFOLLOWED = "it was requeued, but no attempt followed"
         pytest.param([ATTEMPT, FAILED, REQUEUE], "requeue", UNFOLLOWED, id="requeued behind a failure"),
         pytest.param([ATTEMPT, REQUEUE, FAILED], "unfinished", "rank 1 failed: ValueError: x", id="a rank failed on its way out"),
         pytest.param([ATTEMPT, LOST], "unfinished", "its processes ended without a word (node failure)", id="lost"),
-        pytest.param([ATTEMPT, FAILED, KILLED], "unfinished", "a process of it was killed (out of memory)", id="others fail of one killed"),
+        pytest.param([ATTEMPT, FAILED, KILLED], "unfinished", f"{OOM}; rank 1 failed: ValueError: x", id="others fail of one killed"),
         pytest.param([ATTEMPT, KILLED, REQUEUE], "requeue", UNFOLLOWED, id="requeued behind a kill"),
-        pytest.param([ATTEMPT, KILLED, REQUEUE, ENDED], "unfinished", "a process of it was killed (out of memory)", id="and refused"),
+        pytest.param([ATTEMPT, KILLED, REQUEUE, ENDED], "unfinished", OOM, id="and refused"),
         pytest.param([ATTEMPT, FINISHED, ATTEMPT, ENDED], "unfinished", "the job was cancelled", id="finished in an attempt before"),
         pytest.param([ATTEMPT, REQUEUE, SUBMITTED, {}, {"unknown": 1}], "requeue", UNFOLLOWED, id="other events tell nothing"),
     ],

@@ -1,6 +1,7 @@
 """The ladder to the next attempt, over commands that answer as Slurm does; tests/slurm has the whole of it on a real one."""
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -104,7 +105,10 @@ def test_where_requeueing_is_forbidden_one_successor_goes_on(case, slurm, tmp_pa
     slurm.sbatch("cat > {folder}/submitted; env > {folder}/environ; echo 8")
     assert case.go_on() == case.go_on() == 0
     (asked,) = slurm.asked("sbatch")
-    assert asked == "sbatch --parsable --dependency=afterany:7 --partition=gpu --account=lab --time=2:00:00 --job-name=my run"
+    assert (
+        asked
+        == "sbatch --parsable --dependency=afterany:7 --partition=gpu --account=lab --time=2:00:00 --chdir=/home/me/work --job-name=my run"
+    )
     assert (tmp_path / "submitted").read_text() == SCRIPT
     environ = (tmp_path / "environ").read_text()
     assert "SLURM_JOB_ID" not in environ
@@ -178,6 +182,33 @@ def test_a_request_that_was_ended_by_the_jobs_own_end_is_made_again_only_if_it_w
     slurm.scontrol(requeue=ended, state="COMPLETING", preempted="2999-01-01T11:00:00")
     assert case.go_on() == 0
     assert len(slurm.asked("scontrol requeue")) == requests
+
+
+def test_a_run_that_is_through_is_not_requeued_any_more(case, slurm):
+    case.requeue.settle()
+    assert case.go_on() == 0
+    assert slurm.asked("s") == []
+    assert case.events() == []
+
+
+def test_what_slurm_said_last_counts_down_while_it_says_nothing(case, slurm):
+    slurm.scontrol(preempted="2026-01-01T10:00:00")
+    first = case.requeue.look().remaining_s
+    slurm.write("scontrol", BUSY)
+    time.sleep(0.2)
+    later = case.requeue.look(0.0)
+    assert later.job is not None
+    assert 0.2 <= first - later.remaining_s < 30
+    assert case.events("scheduler_error")
+
+
+def test_a_termination_is_not_taken_for_the_end_before_slurm_has_said_why(slurm, tmp_path):
+    """A preemption of many jobs at once: the controller is slow, and without an answer the run would be over."""
+    case = Case(tmp_path, lead_time_s=20)
+    slurm.scontrol(preempted="2026-01-01T10:00:00")
+    (slurm.bin / "scontrol").rename(slurm.folder / "later")
+    slurm.write("scontrol", f'echo >> {{folder}}/asked; [ $(wc -l < {{folder}}/asked) -gt 7 ] && exec {slurm.folder}/later "$@"; {BUSY}')
+    assert case.requeue.decide(["TERM"], 5).cause == "preemption"
 
 
 def test_where_nobody_knows_whether_it_was_requeued_there_is_no_successor(case, slurm, capsys):

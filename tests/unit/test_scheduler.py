@@ -303,6 +303,11 @@ def test_what_is_left_of_a_jobs_time(start: str, limit: str, left_s: float | Non
     assert scheduler.remaining_s({"StartTime": start, "TimeLimit": limit}, now) == left_s
 
 
+def test_what_is_left_of_a_jobs_time_knows_of_suspensions_and_of_no_time_zone() -> None:
+    fields = {"StartTime": "2026-01-01T10:00:00", "TimeLimit": "01:00:00", "RunTime": "00:20:00"}
+    assert scheduler.remaining_s(fields, datetime.fromisoformat("2026-01-01T15:00:00")) == 2400
+
+
 def test_a_job_without_times_has_no_limit() -> None:
     assert scheduler.remaining_s({}, datetime.fromisoformat("2026-01-01")) is None
 
