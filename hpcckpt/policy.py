@@ -122,7 +122,13 @@ def is_step_due(step: int, every_steps: int | None) -> bool:
 
 
 def stop_cause(
-    signals: Collection[str], job: Mapping[str, str] | None, remaining_s: float | None, lead_time_s: int, start: int | None = None
+    signals: Collection[str],
+    job: Mapping[str, str] | None,
+    remaining_s: float | None,
+    lead_time_s: int,
+    start: int | None = None,
+    *,
+    no_grace: bool = True,
 ) -> Cause:
     """Return why a rank was signalled.
 
@@ -136,6 +142,8 @@ def stop_cause(
         remaining_s: seconds to the job's time limit, or None where unknown.
         lead_time_s: `requeue.lead_time_s`; Slurm looks every 30 s and sends the signal up to 60 s earlier.
         start: which start of the job this is; None: not known.
+        no_grace: whether there is no grace time in a preemption, or none any more. Else a job that is ended in the second in which its
+            preemption began was cancelled in it.
     """
     fields = job or {}
     state = fields.get("JobState", "")
@@ -144,7 +152,7 @@ def stop_cause(
         return "requeued"
     over = fields["Reason"] == "TimeLimit" if state == "COMPLETING" and "Reason" in fields else remaining_s is not None and remaining_s <= 0
     preempted = fields.get("PreemptTime", "None") not in ("None", "Unknown", "N/A", "")
-    ends_by_preemption = preempted and fields["PreemptTime"] == fields.get("EndTime")
+    ends_by_preemption = preempted and no_grace and is_preempted_at_its_end(fields)
     # First: a job that is cancelled within the grace time of its preemption shows both.
     if state.startswith("CANCELLED") or (state == "COMPLETING" and not over and not ends_by_preemption):
         return "cancelled"
@@ -155,6 +163,11 @@ def stop_cause(
     if remaining_s is not None and remaining_s <= lead_time_s + SLACK_S:
         return "time_limit"
     return "by_hand" if set(signals) - {"TERM"} else "terminated"
+
+
+def is_preempted_at_its_end(job: Mapping[str, str]) -> bool:
+    """Return whether Slurm shows one time for a job's preemption and its end; by the second, which is what it shows."""
+    return job.get("JobState") == "COMPLETING" and "EndTime" in job and job.get("PreemptTime") == job["EndTime"]
 
 
 def killed_in_s(cause: Cause, remaining_s: float | None, end_s: float | None, signalled_s: float, lead_time_s: int) -> float | None:
@@ -305,45 +318,6 @@ def count_stalled(events: Iterable[Mapping[str, Any]]) -> int:
 def current_job(events: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     """Return what tells of the job that a run waits or runs in, as far as the ledger knows: a submission, or a successor's."""
     return next((event for event in reversed(list(events)) if event.get("event") in ("submitted", "successor")), None)
-
-
-@dataclass(frozen=True)
-class LeadTime:
-    """Whether `requeue.lead_time_s` is long enough: why not, or None; and what may be wrong with it, or None."""
-
-    refusal: str | None = None
-    warning: str | None = None
-
-
-def check_lead_time(events: Iterable[Mapping[str, Any]], *, lead_time_s: int, time_min: int) -> LeadTime:
-    """Compare the lead time with what earlier attempts of this run have measured: saves, and waits for the stop.
-
-    Args:
-        events: the ledger.
-        lead_time_s: `requeue.lead_time_s`.
-        time_min: `slurm.time_min`.
-    """
-    known = list(events)
-    # Of late: a run may have grown, or moved to another disk.
-    saves_s = [float(event["save_s"]) for event in known if event.get("event") == "saved" and "save_s" in event][-5:]
-    waits_s = [float(event["waited_s"]) for event in known if event.get("event") == "stop" and event.get("waited_s") is not None][-5:]
-    if not saves_s:
-        return LeadTime()
-    save_s, wait_s = max(saves_s), max(waits_s, default=0.0)
-    needed_s = save_s + wait_s + RESERVE_S
-    measured = f"a save took up to {save_s:.1f} s, and coming to the stop {wait_s:.1f} s"
-    better = f"set requeue.lead_time_s={math.ceil(2 * needed_s)}"
-    if lead_time_s < needed_s:
-        return LeadTime(refusal=f"requeue.lead_time_s: {lead_time_s} s are too short: {measured}; {better}")
-    if lead_time_s < 1.5 * needed_s:
-        return LeadTime(warning=f"requeue.lead_time_s: {lead_time_s} s are tight: {measured}; {better}")
-    if time_min * 60 < 2 * (lead_time_s + SLURM_EARLY_S):
-        left_s = max(0, time_min * 60 - lead_time_s - SLURM_EARLY_S)
-        return LeadTime(
-            warning=f"slurm.time_min: of {time_min} min the warning may leave {left_s:.0f} s to train in, since Slurm sends it up to "
-            f"{SLURM_EARLY_S:.0f} s early; ask for more time, or a shorter requeue.lead_time_s"
-        )
-    return LeadTime()
 
 
 def _since_submission(events: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -29,6 +29,9 @@ from hpcckpt.store.ledger import Ledger
 LOCAL_REQUEUE_EXIT_CODE = 144
 # How long a controller that does not answer may delay the question why the job is stopped.
 ASK_PATIENCE_S = 15.0
+COMMAND_TIMEOUT_S = 5.0
+# Slurm shows times by the second; what began longer ago began in another one.
+SAME_SECOND_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class Requeue:
         self._lock = threading.Lock()
         self._exit_code: int | None = None
         self._seen = Outlook()
+        self._signalled_s = 0.0
 
     def look(self, patience_s: float = ASK_PATIENCE_S) -> Outlook:
         """Ask Slurm about the job; the last answer where it gives none, noted in the ledger."""
@@ -101,6 +105,7 @@ class Requeue:
         """Return in how many seconds Slurm will end the processes, at the latest, given the signals so far; None where unknown."""
         if self._task.launcher == "local" or self._task.job_id is None:
             return None
+        self._signalled_s = signalled_s
         # The second time there is something to go by already.
         outlook = self.look(ASK_PATIENCE_S if self._seen.job is None else 1.0)
         cause = self._cause(signals, outlook)
@@ -120,6 +125,7 @@ class Requeue:
             FencedError: a newer attempt has taken over, and this one must not requeue it.
         """
         self._store.refuse_if_fenced()
+        self._signalled_s = waited_s or self._signalled_s
         outlook = self.look()
         cause = self._cause(signals, outlook)
         if cause == "terminated" and outlook.job is None:
@@ -178,7 +184,11 @@ class Requeue:
 
     def _cause(self, signals: Collection[str], outlook: Outlook) -> policy.Cause:
         start = self._task.incarnation[0] if self._task.incarnation else None
-        return policy.stop_cause(signals, outlook.job, outlook.remaining_s, self._config.lead_time_s, start)
+        no_grace = True
+        if outlook.job and policy.is_preempted_at_its_end(outlook.job):
+            # The one case in which a job's own times do not tell a preemption from a user who cancels within it.
+            no_grace = self._signalled_s > SAME_SECOND_S or scheduler.grace_s(outlook.job.get("Partition", ""), COMMAND_TIMEOUT_S) == 0
+        return policy.stop_cause(signals, outlook.job, outlook.remaining_s, self._config.lead_time_s, start, no_grace=no_grace)
 
     def settle(self) -> None:
         """Have nothing asked for any more: the run is through. Waits for who is asking."""

@@ -33,7 +33,7 @@ _BUSY = ("timed out", "Unable to contact", "temporarily", "try again", "Connecti
 # States of a job that was requeued.
 _WAITING = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"})
 # First words of the lines of `scontrol show job` that tell state and times.
-_STATE_LINES = frozenset({"JobState", "Requeue", "RunTime", "StartTime", "PreemptEligibleTime", "PreemptTime"})
+_STATE_LINES = frozenset({"JobState", "Partition", "Requeue", "RunTime", "StartTime", "PreemptEligibleTime", "PreemptTime"})
 
 
 @dataclass(frozen=True)
@@ -272,6 +272,16 @@ def former_state(job_id: str, timeout_s: float) -> str:
         return ""
     states = [line.strip() for line in lines if line.strip()]
     return states[-2] if len(states) > 1 else ""
+
+
+def grace_s(partition: str, timeout_s: float) -> int | None:
+    """Return the grace time of preemptions in a partition; None where Slurm does not tell."""
+    try:
+        told = run_command(["scontrol", "show", "partition", partition], timeout_s=timeout_s).stdout
+    except SchedulerError:
+        return None
+    match = re.search(r"\bGraceTime=(\d+)", told)
+    return None if match is None else int(match[1])
 
 
 def unreachable_nodes(nodelist: str, timeout_s: float = 3.0) -> list[str]:

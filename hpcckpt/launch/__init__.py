@@ -25,7 +25,8 @@ from hpcckpt.errors import ConfigError, RunDirectoryError, SchedulerError, Submi
 from hpcckpt.launch import local, slurm
 from hpcckpt.launch.sweep import Point, expand, naming
 from hpcckpt.layout import RunLayout
-from hpcckpt.policy import check_lead_time, current_job, outcome
+from hpcckpt.lead_time import check_lead_time
+from hpcckpt.policy import current_job, outcome
 from hpcckpt.signals import children_protected
 from hpcckpt.store import resume
 from hpcckpt.store.checkpoints import CheckpointStore

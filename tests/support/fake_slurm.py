@@ -24,13 +24,16 @@ class FakeSlurm:
         )
         script.chmod(0o700)
 
-    def scontrol(self, requeue: str = "exit 0", state: str = "RUNNING", restarts: int = 0, preempted: str = "None", node: str = "") -> None:
+    def scontrol(
+        self, requeue: str = "exit 0", state: str = "RUNNING", restarts: int = 0, preempted: str = "None", node: str = "", grace_s: int = 0
+    ) -> None:
         """Have scontrol answer: to `requeue` with a command of the shell, to `show` with the job, or a node's line."""
         job = f"JobId=7 JobName=x\\n   Requeue=1 Restarts=%s BatchFlag=1\\n   JobState={state} Reason=None\\n"
         times = "   RunTime=00:00:04 TimeLimit=01:00:00\\n   StartTime=2999-01-01T10:00:00 EndTime=2999-01-01T11:00:00\\n"
         show = f"printf '{job}{times}   PreemptEligibleTime=None PreemptTime={preempted}\\n' $(cat {{folder}}/restarts)"
         (self.folder / "restarts").write_text(str(restarts))
         answers = (
+            f"*'show partition'*) echo 'PartitionName=low GraceTime={grace_s}'",
             f"*'show node'*) echo '{node}'", "*'show config'*) echo 'SlurmdPort = 6818'", f"show*) {show}",
             f"requeue*) {requeue}", "write*) cat {folder}/script",
         )  # fmt: skip

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpcckpt.lead_time import check_lead_time
 from hpcckpt.policy import (
     EXIT_CANCELLED,
     EXIT_GAVE_UP,
@@ -15,7 +16,6 @@ from hpcckpt.policy import (
     CheckpointInfo,
     Retention,
     StopDecision,
-    check_lead_time,
     count_failures,
     count_requeues,
     count_stalled,

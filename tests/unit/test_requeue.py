@@ -191,6 +191,12 @@ def test_a_run_that_is_through_is_not_requeued_any_more(case, slurm):
     assert case.events() == []
 
 
+@pytest.mark.parametrize(("grace_s", "waited_s", "cause"), [(0, 0.5, "preemption"), (20, 0.5, "cancelled"), (20, 21.0, "preemption")])
+def test_a_job_that_ends_in_the_second_of_its_preemption_was_cancelled_if_that_had_a_grace_time(case, slurm, grace_s, waited_s, cause):
+    slurm.scontrol(state="COMPLETING", preempted="2999-01-01T11:00:00", grace_s=grace_s)
+    assert case.requeue.decide(["TERM"], 5, waited_s).cause == cause
+
+
 def test_what_slurm_said_last_counts_down_while_it_says_nothing(case, slurm):
     slurm.scontrol(preempted="2026-01-01T10:00:00")
     first = case.requeue.look().remaining_s

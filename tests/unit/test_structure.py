@@ -25,11 +25,13 @@ FLOORS = {
     "state": 2, "store": 2, "data": 2, "progress": 2,
     "distributed": 1, "signals": 1, "scheduler": 1,
     "errors": 0, "layout": 0, "config": 0, "environment": 0, "policy": 0,
+    "lead_time": 0,
 }  # fmt: skip
 
 # Sideways imports, each with what it is for; a new one has to be argued for here.
 SIDEWAYS = {
     ("config.loader", "errors"): "what it raises; errors imports nothing",
+    ("lead_time", "policy"): "how early Slurm may be, and what is kept in reserve",
     ("environment", "errors"): "what it raises; errors imports nothing",
     ("config.checks", "environment"): "a range of nodes is read in one place",
     ("config.checks", "errors"): "what that raises",
