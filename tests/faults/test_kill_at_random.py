@@ -33,6 +33,7 @@ def test_a_run_that_is_killed_again_and_again_goes_on_from_what_was_acknowledged
         try:
             found, newest = assert_sound(server, root, acknowledged, in_flight=in_flight)
         except AssertionError as error:
+            error.add_note(f"it had said {said}; {in_flight} may have come through; acknowledged were {acknowledged[-12:]}")
             error.add_note(f"kill {kill} of seed {SEED}, {delay_s * 1e3:.2f} ms after the claim")
             raise
         unacknowledged += found not in acknowledged
