@@ -15,8 +15,6 @@ from hpcckpt.exits import exit_code
 
 # What a shell reports for a process that signal 9 ended.
 _KILLED = 137
-# How long accounting may take to tell what became of the job's steps.
-ACCOUNTING_TIMEOUT_S = 5.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +57,7 @@ def _after(run_dir: Path, status: int) -> int:
     lost_nodes = scheduler.unreachable_nodes(os.environ.get("SLURM_JOB_NODELIST", ""))
     if lost_nodes:
         fate = "node_failure"  # and the ranks that are left have failed of it
-    elif fate == "killed" and job_id is not None and scheduler.was_out_of_memory(job_id, ACCOUNTING_TIMEOUT_S):
+    elif fate == "killed" and job_id is not None and scheduler.was_out_of_memory(job_id):
         fate = "out_of_memory"
     task = TaskEnvironment("slurm", job_id=job_id, restart_count=start, incarnation=(start,))
     store = CheckpointStore.configured(layout, config.checkpoint)

@@ -25,9 +25,6 @@ from hpcckpt.store.durable import make_private_directory
 from hpcckpt.store.ledger import Ledger
 from hpcckpt.watch import Watch
 
-# How long accounting may take to tell what became of an attempt that ended without a word.
-ACCOUNTING_TIMEOUT_S = 5.0
-
 
 @dataclass(frozen=True)
 class Launched:
@@ -235,10 +232,11 @@ class Attempt:
             where = f"{type(error).__name__}: {error}"
         self.ledger.append("overdue", signals=sorted(signals), where=where)
         print(f"hpcckpt: the job's time is over before all ranks have come to the stop: {where}", flush=True)
-        stop = self._requeue.decide(signals, None)
-        if self._watch is not None and stop.cause != "requeued":
-            self._watch.take_back()
-        self._requeue.go_on(stop.cause, stop.decision, "what was saved last is what there is")
+        with suppress(FencedError):  # the newer attempt is told by it at its next save, in the training's own words
+            stop = self._requeue.decide(signals, None)
+            if self._watch is not None and stop.cause != "requeued":
+                self._watch.take_back()
+            self._requeue.go_on(stop.cause, stop.decision, "what was saved last is what there is")
 
     def _refuse_to_train(self, refusal: policy.StopDecision) -> NoReturn:
         """End an attempt that should not have been started. Every rank must call it."""
@@ -253,13 +251,12 @@ class Attempt:
         """Note what became of an attempt that ended without a word, as far as Slurm tells."""
         job_id = self._task.job_id
         restarted = job_id is not None and lost.get("job_id") == job_id
-        told = scheduler.former_state(str(job_id), ACCOUNTING_TIMEOUT_S) if restarted and self._task.incarnation else ""
+        told = scheduler.former_state(str(job_id)) if restarted and self._task.start is not None else ""
         self.ledger.append("lost", generation=lost.get("generation"), fate=policy.fate_of(told), state=told, restarted=restarted)
 
     def _refusal(self) -> policy.StopDecision | None:
         """Return why a job that Slurm has started again should not train."""
-        task = self._task
-        if task.job_id is None or not task.incarnation or not task.incarnation[0]:
+        if self._task.job_id is None or not self._task.start:
             return None  # somebody has started it, and means it
         events, config = self.ledger.events(), self._config.requeue
         return policy.decide_start(

@@ -43,6 +43,11 @@ class TaskEnvironment:
     step_id: str = "0"
     first_host: str = "127.0.0.1"
 
+    @property
+    def start(self) -> int | None:
+        """Which start of Slurm's job this is, from 0; None where the launcher does not count."""
+        return self.incarnation[0] if self.incarnation else None
+
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> "TaskEnvironment":
         """Return this process's place.

@@ -29,7 +29,6 @@ from hpcckpt.store.ledger import Ledger
 LOCAL_REQUEUE_EXIT_CODE = 144
 # How long a controller that does not answer may delay the question why the job is stopped.
 ASK_PATIENCE_S = 15.0
-COMMAND_TIMEOUT_S = 5.0
 # Slurm shows times by the second; what began longer ago began in another one.
 SAME_SECOND_S = 3.0
 
@@ -183,12 +182,11 @@ class Requeue:
             return self._exit_code
 
     def _cause(self, signals: Collection[str], outlook: Outlook) -> policy.Cause:
-        start = self._task.incarnation[0] if self._task.incarnation else None
         no_grace = True
         if outlook.job and policy.is_preempted_at_its_end(outlook.job):
             # The one case in which a job's own times do not tell a preemption from a user who cancels within it.
-            no_grace = self._signalled_s > SAME_SECOND_S or scheduler.grace_s(outlook.job.get("Partition", ""), COMMAND_TIMEOUT_S) == 0
-        return policy.stop_cause(signals, outlook.job, outlook.remaining_s, self._config.lead_time_s, start, no_grace=no_grace)
+            no_grace = self._signalled_s > SAME_SECOND_S or scheduler.grace_s(outlook.job.get("Partition", "")) == 0
+        return policy.stop_cause(signals, outlook.job, outlook.remaining_s, self._config.lead_time_s, self._task.start, no_grace=no_grace)
 
     def settle(self) -> None:
         """Have nothing asked for any more: the run is through. Waits for who is asking."""
@@ -238,8 +236,7 @@ class Requeue:
         print(f"hpcckpt: {what}; requeueing job {job_id} ({cause})", flush=True)
         asked = time.monotonic()
         try:
-            start = self._task.incarnation[0] if self._task.incarnation else None
-            scheduler.requeue(job_id, self._config.lead_time_s, start)
+            scheduler.requeue(job_id, self._config.lead_time_s, self._task.start)
         except RequeueForbiddenError as refusal:
             patience_s = max(0.0, asked + self._config.lead_time_s - time.monotonic())
             return self._succeed(job_id, patience_s, refusal, end)

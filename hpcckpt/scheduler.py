@@ -20,6 +20,8 @@ from hpcckpt.errors import RequeueForbiddenError, SchedulerError, SubmissionErro
 T = TypeVar("T")
 
 COMMAND_TIMEOUT_S = 60.0
+# For what is good to know and not waited for.
+QUICK_TIMEOUT_S = 5.0
 # What scontrol says when asking again is no use.
 _FORBIDDEN = ("disabled", "denied", "Only batch jobs", "Invalid job id", "not supported")
 # Options of sbatch that a script may leave to the command line: each with its short form, and the variable that tells its value.
@@ -30,8 +32,9 @@ _SIZES = {
 }
 # What sbatch says where asking again may help.
 _BUSY = ("timed out", "Unable to contact", "temporarily", "try again", "Connection refused", "Zero Bytes", "Communication connection")
-# States of a job that was requeued.
-_WAITING = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"})
+# States of a job that waits, for the first time or after a requeue; and of one whose processes may still write.
+WAITING = frozenset({"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"})
+LIVE = WAITING | {"RUNNING", "SUSPENDED", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED", "RESIZING"}
 # First words of the lines of `scontrol show job` that tell state and times.
 _STATE_LINES = frozenset({"JobState", "Partition", "Requeue", "RunTime", "StartTime", "PreemptEligibleTime", "PreemptTime"})
 
@@ -143,10 +146,7 @@ def is_live(job_id: str) -> bool:
         SchedulerError: as `job_fields`.
     """
     fields = job_fields(job_id)
-    return fields is not None and fields.get("JobState", "") in {
-        "PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "REQUEUED", "STAGE_OUT", "SIGNALING", "STOPPED",
-        "RESIZING", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT",
-    }  # fmt: skip
+    return fields is not None and fields.get("JobState", "") in LIVE
 
 
 def patiently(action: Callable[[], T], patience_s: float) -> T:
@@ -209,7 +209,7 @@ def _was_requeued(job_id: str, start: int | None, *, unknown: bool) -> bool:
     restarts, state = fields.get("Restarts", ""), fields.get("JobState")
     if start is not None and restarts.isdigit():
         return int(restarts) > start
-    return state in _WAITING or (unknown and state == "COMPLETING")
+    return state in WAITING or (unknown and state == "COMPLETING")
 
 
 def submit_successor(job_id: str, patience_s: float = 0.0) -> str:
@@ -260,24 +260,21 @@ def _says(script: str, option: str, short: str) -> bool:
     return re.search(rf"^#SBATCH\b.*\s(--{option}\b|{short}\b)", script, re.MULTILINE) is not None
 
 
-def former_state(job_id: str, timeout_s: float) -> str:
-    """Return how accounting calls the end of the former start of a job that was started again; "" where it does not tell.
-
-    Takes as long as the accounting's database does.
-    """
+def former_state(job_id: str) -> str:
+    """Return how accounting calls the end of the former start of a job that was started again; "" where it does not tell."""
     argv = ["sacct", "--duplicates", "--allocations", "--noheader", "--parsable2", f"--jobs={job_id}", "--format=State"]
     try:
-        lines = run_command(argv, timeout_s=timeout_s).stdout.split("\n")
+        lines = run_command(argv, timeout_s=QUICK_TIMEOUT_S).stdout.split("\n")
     except SchedulerError:
         return ""
     states = [line.strip() for line in lines if line.strip()]
     return states[-2] if len(states) > 1 else ""
 
 
-def grace_s(partition: str, timeout_s: float) -> int | None:
+def grace_s(partition: str) -> int | None:
     """Return the grace time of preemptions in a partition; None where Slurm does not tell."""
     try:
-        told = run_command(["scontrol", "show", "partition", partition], timeout_s=timeout_s).stdout
+        told = run_command(["scontrol", "show", "partition", partition], timeout_s=QUICK_TIMEOUT_S).stdout
     except SchedulerError:
         return None
     match = re.search(r"\bGraceTime=(\d+)", told)
@@ -290,13 +287,15 @@ def unreachable_nodes(nodelist: str, timeout_s: float = 3.0) -> list[str]:
     Slurm itself notices a node that is gone after minutes (SlurmdTimeout). Where none of the nodes can be reached, nodes are not to be
     reached from here at all, and nothing is known.
     """
+    if not nodelist:
+        return []
     try:
         done = run_command(["scontrol", "--oneliner", "show", "node", nodelist])
         port = re.search(r"SlurmdPort\s*=\s*(\d+)", run_command(["scontrol", "show", "config"]).stdout)
     except SchedulerError:
         return []
     lost, reached = [], False
-    for line in done.stdout.splitlines() if nodelist else []:
+    for line in done.stdout.splitlines():
         words = dict(word.split("=", maxsplit=1) for word in line.split() if "=" in word)
         number = words.get("Port") or (port[1] if port else "")
         if number.isdigit() and "NodeAddr" in words:
@@ -310,10 +309,10 @@ def unreachable_nodes(nodelist: str, timeout_s: float = 3.0) -> list[str]:
     return lost if reached else []
 
 
-def was_out_of_memory(job_id: str, timeout_s: float) -> bool:
+def was_out_of_memory(job_id: str) -> bool:
     """Return whether accounting says of a step of this job that the kernel ended it for its memory."""
     try:
-        done = run_command(["sacct", "--noheader", "--parsable2", f"--jobs={job_id}", "--format=State"], timeout_s=timeout_s)
+        done = run_command(["sacct", "--noheader", "--parsable2", f"--jobs={job_id}", "--format=State"], timeout_s=QUICK_TIMEOUT_S)
     except SchedulerError:
         return False
     return "OUT_OF_MEMORY" in done.stdout

@@ -48,7 +48,7 @@ class Watch:
         self._thread = threading.Thread(target=self._watch, name="hpcckpt-watch", daemon=True)
         self._thread.start()
 
-    def close(self, timeout_s: float = 0.0) -> None:
+    def close(self, timeout_s: float = 1.0) -> None:
         """End the watch; harmless when called twice. Waits for `overdue`, if that is being called, for `timeout_s` at most."""
         self._latch.sleep()
         if self._closing.is_set():

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,6 @@ _COLUMNS = ("run", "state", "job", "attempts", "epoch", "step", "checkpoint", "a
 # A run directory may lie so many folders below what is given.
 _DEPTH = 3
 _QUESTION_TIMEOUT_S = 30.0
-_WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +42,7 @@ def _status(given: Sequence[Path], *, as_json: bool) -> int:
 
     folders = dict.fromkeys(folder for path in given for folder in _run_directories(path))
     ledgers = {RunLayout(folder): Ledger(RunLayout(folder).events).events() for folder in folders}
-    jobs = _states(events for events in ledgers.values())
+    jobs = _states(ledgers.values())
     rows = [_row(layout, events, jobs) for layout, events in ledgers.items()]
     print(json.dumps(rows, indent=2) if as_json else _table(rows))
     return EXIT_OK
@@ -73,7 +72,7 @@ def _below(folder: Path, depth: int) -> Iterator[Path]:
             yield from _below(path, depth - 1)
 
 
-def _states(ledgers: Iterator[Sequence[Mapping[str, Any]]]) -> Mapping[str, str] | None:
+def _states(ledgers: Iterable[Sequence[Mapping[str, Any]]]) -> Mapping[str, str] | None:
     """Return the state of each job of Slurm that waits or runs; None: Slurm is not here, or does not answer."""
     from hpcckpt import scheduler
     from hpcckpt.errors import SchedulerError
@@ -118,15 +117,17 @@ def _row(layout: "RunLayout", events: Sequence[Mapping[str, Any]], jobs: Mapping
 def _state(events: Sequence[Mapping[str, Any]], job: Mapping[str, Any], jobs: Mapping[str, str] | None) -> tuple[str, str]:
     """Return the state of a run, and why where it has come to an end."""
     from hpcckpt.policy import last_attempt, outcome
+    from hpcckpt.scheduler import LIVE, WAITING
 
     job_id = str(job.get("job_id"))
     has_begun = any(event.get("event") == "attempt" and event.get("job_id") == job_id for event in events)
     _, word = last_attempt(events)
+    live: bool | None = None
     if job.get("supervisor") is not None:
         live = _is_supervised(job)
-    else:
-        live = None if jobs is None else jobs.get(job_id, "") in (*_WAITING, "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING")
-    if live and (jobs or {}).get(job_id) in _WAITING:
+    elif jobs is not None:
+        live = jobs.get(job_id, "") in LIVE
+    if live and (jobs or {}).get(job_id) in WAITING:
         return ("waiting" if has_begun or job.get("event") == "successor" else "pending"), ""
     if live and word not in ("finished", "ended", "left"):
         return ("waiting" if word == "requeue" and has_begun else "running" if has_begun else "pending"), ""
