@@ -34,12 +34,12 @@ def clean_environ(**extra: str) -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **_IMPATIENT, **extra}
 
 
-def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 60.0) -> None:
-    """Wait for a condition, looking often; fail with `what` at the deadline."""
+def wait_until(condition: Callable[[], object], what: str | Callable[[], str], timeout_s: float = 60.0) -> None:
+    """Wait for a condition, looking often; fail with `what`, or what it returns then, at the deadline."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
-            pytest.fail(f"waited {timeout_s:g} s in vain: {what}")
+            pytest.fail(f"waited {timeout_s:g} s in vain: {what if isinstance(what, str) else what()}")
         time.sleep(0.02)
 
 

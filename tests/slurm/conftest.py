@@ -17,7 +17,8 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cluster(environ: Callable[..., dict[str, str]], wait_until: Callable[..., None]) -> Iterator[Cluster]:
     """The cluster of most tests."""
-    with devcluster("tests", environ, wait_until) as one:
+    # The long job is over long before it is looked at, and must not be forgotten by then.
+    with devcluster("tests", environ, wait_until, "--set", "MinJobAge=3600") as one:
         yield one
 
 

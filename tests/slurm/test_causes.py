@@ -79,7 +79,7 @@ class Lab:
 
     def wait_for_steps(self, job: Job, steps: int) -> None:
         """Wait until a run has made that many steps, over all attempts."""
-        self.cluster.wait_until(lambda: made(job) >= steps, f"{steps} steps of {job.run_dir.name}, which has made {made(job)}", 120)
+        self.cluster.wait_until(lambda: made(job) >= steps, lambda: f"{steps} steps, has made {made(job)}\n{job.story()}", 120)
 
     def pids(self, job: Job, rank: int) -> list[int]:
         """Return the processes of one rank, wherever they run."""
@@ -471,8 +471,12 @@ def test_interrupted_again_and_again_in_all_places(lab):
 def test_the_controller_is_gone_when_a_run_wants_to_be_requeued(lab, whole):
     """The last test: the others must be over."""
     job = submit_and_train(lab, "controller", "requeue.lead_time_s=60")
-    lab.run("scancel", "--signal=USR1", job.job_id)
+    # A controller that is killed has forgotten what it did not write down.
+    lab.run("scontrol", "update", f"JobId={job.job_id}", "Comment=written-down")
+    lab.cluster.wait_until(lambda: b"written-down" in (lab.cluster.root / "state" / "job_state").read_bytes(), "the state to be saved")
     lab.kill("slurmctld")
+    # By itself: a controller that is killed as it is told to does not pass it on.
+    os.kill(lab.pids(job, 1)[0], signal.SIGUSR1)
     job.wait_for("scheduler_error")  # it has asked in vain
     lab.cluster.devcluster("up")
     job.wait_for("finished")

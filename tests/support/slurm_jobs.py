@@ -50,7 +50,7 @@ class Cluster:
 
     def wait_for_end(self, job_id: str, timeout_s: float = 120) -> str:
         """Wait until a job is over, and return its state."""
-        self.wait_until(lambda: self.state(job_id) in OVER, f"job {job_id} to end, it is {self.state(job_id)}", timeout_s)
+        self.wait_until(lambda: self.state(job_id) in OVER, lambda: f"job {job_id} to end, it is {self.state(job_id)!r}", timeout_s)
         return self.state(job_id)
 
 
@@ -68,8 +68,14 @@ class Job:
         return [event for event in map(json.loads, lines) if kind in ("", event["event"])]
 
     def wait_for(self, kind: str, count: int = 1, timeout_s: float = 120) -> dict[str, object]:
-        self.cluster.wait_until(lambda: len(self.events(kind)) >= count, f"{count} x {kind}", timeout_s)
+        self.cluster.wait_until(lambda: len(self.events(kind)) >= count, lambda: f"{count} x {kind}\n{self.story()}", timeout_s)
         return self.events(kind)[count - 1]
+
+    def story(self) -> str:
+        """Return what is known of the run, for who has waited for it in vain."""
+        slurm = self.cluster.run("scontrol", "show", "job", self.job_id)
+        nodes = self.cluster.run("sinfo", "--Node", "--noheader", "--format=%N %T %E")
+        return "\n".join([*map(json.dumps, self.events()), slurm.stdout + slurm.stderr, nodes.stdout + nodes.stderr])
 
     def log(self, rank: int, kind: str = "out") -> str:
         return (self.run_dir / "logs" / f"{self.job_id}_{rank}_log.{kind}").read_text()
