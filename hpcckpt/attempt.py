@@ -14,7 +14,7 @@ from hpcckpt import policy, scheduler
 from hpcckpt.config import RunConfig
 from hpcckpt.distributed import Agreement, Ranks, Wish
 from hpcckpt.environment import TaskEnvironment
-from hpcckpt.errors import FencedError
+from hpcckpt.errors import AgreementError, FencedError
 from hpcckpt.layout import RunLayout
 from hpcckpt.origin import Origin, Restored
 from hpcckpt.recorder import Recorder
@@ -201,6 +201,8 @@ class Attempt:
     def fail(self, error: BaseException, epoch: int, step: int) -> None:
         """End on this rank alone. The others learn of it from their next collective: this process ends, and with it its connections."""
         self.is_over = True
+        if isinstance(error, AgreementError) and self._watch is not None and self._latch.fired:
+            self._go_on_without(set(self._latch.received()), str(error))
         if self._watch is not None:
             self._watch.close()
         if not isinstance(error, Exception):  # the script's own SystemExit, or Ctrl-C: the process ends at once
@@ -225,13 +227,18 @@ class Attempt:
         return self._requeue.killed_in_s(signals, self._latch.waited_s())
 
     def _overdue(self, signals: set[str]) -> None:
-        """Go on from the newest checkpoint, since the job's time is over before all ranks have come to the stop. Rank 0's watch."""
+        """Note that the job's time is over before all ranks have come to the stop. Rank 0's watch."""
         try:
             where = self.agreement.whereabouts_text(timeout_s=1.5)
         except Exception as error:  # noqa: BLE001 - nothing may keep it from going on
             where = f"{type(error).__name__}: {error}"
+        print("hpcckpt: the job's time is over", flush=True)
+        self._go_on_without(signals, where)
+
+    def _go_on_without(self, signals: set[str], where: str) -> None:
+        """Go on from the newest checkpoint, since not all ranks come to the stop that was asked for. Rank 0, from any thread."""
         self.ledger.append("overdue", signals=sorted(signals), where=where)
-        print(f"hpcckpt: the job's time is over before all ranks have come to the stop: {where}", flush=True)
+        print(f"hpcckpt: not all ranks have come to the stop: {where}", flush=True)
         with suppress(FencedError):  # the newer attempt is told by it at its next save, in the training's own words
             stop = self._requeue.decide(signals, None)
             if self._watch is not None and stop.cause != "requeued":

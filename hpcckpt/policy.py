@@ -20,8 +20,9 @@ EXIT_CANCELLED = 143
 STOP_FILE = "stop file"
 REQUEUE_FILE = "stop file: requeue"
 
-# Events that end an attempt in the ledger.
-_LAST_WORDS = frozenset({"requeue", "ended", "failed", "finished", "left", "lost"})
+# Events that end an attempt in the ledger: what it has decided, which stands whatever its ranks fail of on their way out, and the others.
+_DECIDED = frozenset({"requeue", "ended", "finished", "left"})
+_LAST_WORDS = _DECIDED | {"failed", "lost"}
 
 # How much earlier than asked Slurm may send the warning before a time limit, and how much later it may be acted on: a long step.
 SLURM_EARLY_S = 60
@@ -278,7 +279,7 @@ def last_attempt(events: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any]
     for event in events:
         if event.get("event") == "attempt":
             attempt, word = event, None
-        elif event.get("event") in _LAST_WORDS and not _is_of_another(event, attempt):
+        elif event.get("event") in (_DECIDED if word in _DECIDED else _LAST_WORDS) and not _is_of_another(event, attempt):
             word = str(event["event"])
     return attempt, word
 

@@ -140,7 +140,7 @@ def become(lab: Lab, request: pytest.FixtureRequest) -> Iterator[Callable[[str],
     """A function that returns the run of a case, when the case is over; those of the chosen tests are begun together."""
     chosen = {item.originalname.removeprefix("test_") for item in request.session.items if isinstance(item, pytest.Function)}
     # First those that Slurm takes its time to notice.
-    slow = {"slurmd_dies_and_its_ranks_live_on", "a_node_dies", "the_network_of_a_node_is_cut"}
+    slow = {"a_rank_is_frozen_when_all_are_to_stop", "slurmd_dies_and_its_ranks_live_on", "a_node_dies", "the_network_of_a_node_is_cut"}
     with ThreadPoolExecutor(5) as pool:
         names = sorted(chosen & CASES.keys(), key=lambda name: name not in slow)
         futures: dict[str, Future[Job]] = {name: pool.submit(CASES[name], lab) for name in names}
@@ -277,11 +277,31 @@ def test_preempted_while_a_rank_hangs(job, whole):
     """It can never come to the stop, nor can the others: rank 0 goes on from the newest checkpoint before its time is over."""
     (overdue,) = job.events("overdue")
     assert re.fullmatch(r"rank 0 at .*; rank 1 at interrupted\.py:\d+ in hang", str(overdue["where"]))
-    assert f"before all ranks have come to the stop: {overdue['where']}" in job.log(0)
+    assert f"the job's time is over\nhpcckpt: not all ranks have come to the stop: {overdue['where']}" in job.log(0)
     assert [stop["cause"] for stop in job.events("stop")] == ["preemption"]
     assert len(job.events("requeue")) == 1
     assert ids(job) == [job.job_id] * 2
     assert_same(job, whole, lost=8)
+
+
+@case
+def a_rank_is_frozen_when_all_are_to_stop(lab: Lab) -> Job:
+    job = lab.submit("frozen", entrypoint="stuck")
+    job.wait_for("restored")
+    os.kill(lab.pids(job, 1)[0], signal.SIGSTOP)
+    lab.run("scancel", "--signal=USR1", job.job_id)
+    job.wait_for("restored", 2)
+    lab.run("scancel", job.job_id)
+    return job
+
+
+def test_a_rank_is_frozen_when_all_are_to_stop(job):
+    """The others are held at a `run.poll` until it is given up: long before the job's time is over, and a stop is what was asked for."""
+    (overdue,) = job.events("overdue")
+    assert re.search(r"there is no answer in 60 s from rank 1 \(.*\): gone, or it hangs", str(overdue["where"]))
+    assert [event["cause"] for event in job.events("requeue")] == ["by_hand"]
+    assert [event["restart_count"] for event in job.events("attempt")] == [0, 1]
+    assert job.cluster.wait_for_end(job.job_id) == "CANCELLED"
 
 
 # No way back for the same job -----------------------------------------------------------------------------------------

@@ -462,6 +462,9 @@ def test_the_last_attempt_is_known_with_its_last_word():
     assert last_attempt([first, {"event": "saved"}, {"event": "stop"}]) == (first, None)
     assert last_attempt([first, REQUEUE, second]) == (second, None)
     assert last_attempt([first, REQUEUE, second, {"event": "failed"}, {"event": "note"}]) == (second, "failed")
+    # What rank 0 has decided stands, also when it came before the others failed.
+    assert last_attempt([first, REQUEUE, {"event": "failed"}]) == (first, "requeue")
+    assert last_attempt([first, {"event": "failed"}, REQUEUE]) == (first, "requeue")
 
 
 @pytest.mark.parametrize(
