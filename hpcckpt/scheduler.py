@@ -237,15 +237,16 @@ def submit_successor(job_id: str, patience_s: float = 0.0) -> str:
         return done.stdout
 
     def ask() -> str:
-        # The name comes last: it may hold anything.
-        now = answer("squeue", "--noheader", f"--jobs={job_id}", "--format=%P|%a|%q|%l|%Z|%j").strip()
+        # The name comes last: it may hold anything. Of a heterogeneous job the first line is the leader's, and so are options of sbatch.
+        now, _, _ = answer("squeue", "--noheader", f"--jobs={job_id}", "--format=%P|%a|%q|%l|%Z|%j").lstrip().partition("\n")
         values = dict(zip(("partition", "account", "qos", "time", "chdir", "job-name"), now.split("|", maxsplit=5), strict=False))
         for line in answer("squeue", "--noheader", "--me", "--format=%F|%i|%E|%j").splitlines():
             parent, successor, dependency, name = line.split("|", maxsplit=3)
             if name == values.get("job-name") and re.search(rf"\bafterany:{job_id}\b(?!_)", dependency):
                 return f"{parent}_{task}" if task else successor
         script = answer("scontrol", "write", "batch_script", job_id, "-")
-        values |= {option: os.environ.get(name, "") for option, (short, name) in _SIZES.items() if not _says(script, option, short)}
+        if "SLURM_HET_SIZE" not in os.environ:  # its groups have sizes of their own
+            values |= {option: os.environ.get(name, "") for option, (short, name) in _SIZES.items() if not _says(script, option, short)}
         options = [f"--{option}={value}" for option, value in values.items() if value not in ("", "(null)", "N/A", "UNLIMITED")]
         where = [f"--array={task}"] if task else []
         told = answer("sbatch", "--parsable", f"--dependency=afterany:{job_id}", *options, *where, stdin=script)

@@ -132,6 +132,18 @@ def test_a_successor_has_the_size_that_was_given_on_sbatchs_command_line_only(ca
     assert "--ntasks-per-node" not in asked
 
 
+def test_a_successor_of_a_heterogeneous_job_takes_its_options_from_the_leader(case, slurm, monkeypatch):
+    """squeue has a line for each group, and the variables of a rank tell the size of all groups together."""
+    monkeypatch.setenv("SLURM_HET_SIZE", "2")
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "3")
+    leader, other = ("|lab|(null)|2:00:00|/home/me/work|my run" for _ in range(2))
+    slurm.write("squeue", f'case "$*" in *--me*) ;; *) echo "gpu{leader}"; echo "cpu{other}";; esac')
+    slurm.scontrol(requeue=FORBIDDEN)
+    assert case.go_on() == 0
+    (asked,) = slurm.asked("sbatch")
+    assert asked.endswith("--partition=gpu --account=lab --time=2:00:00 --chdir=/home/me/work --job-name=my run")
+
+
 def test_a_successor_whose_submission_gave_no_answer_is_found_and_not_submitted_again(case, slurm):
     slurm.scontrol(requeue=FORBIDDEN)
     slurm.sbatch("echo '8|8|afterany:7(unfulfilled)|my run' >> {folder}/queue; exit 1")
