@@ -4,6 +4,7 @@ Understood, first match wins: submitit's local executor, torchrun (or anything t
 Slurm's srun, a single process. torchrun comes before Slurm because it is started inside Slurm jobs.
 """
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,8 +19,6 @@ _OVERRIDING_SBATCH = frozenset({"SBATCH_SIGNAL", "SBATCH_REQUEUE", "SBATCH_NO_RE
 
 # Where the controller is, which cluster is meant, and who the user is: not of an allocation.
 _KEPT_SLURM = frozenset({"SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT"})
-
-_NODE_GROUP = re.compile(r"\[([^\],-]+)[^\]]*\]")
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,9 @@ def _from_slurm(environ: Mapping[str, str]) -> TaskEnvironment:
             f"SLURM_NODEID={node_rank}, SLURM_TASKS_PER_NODE={tasks} and {world_size} tasks contradict each other: "
             "variables of another allocation are in the environment; submit from a clean shell"
         )
-    nodelist = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "127.0.0.1"
+    hosts = expand_nodelist(environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "127.0.0.1")
+    if len(hosts) == len(tasks):
+        hosts, tasks = _in_order_of_groups(environ, hosts, tasks)
     return TaskEnvironment(
         launcher="slurm",
         rank=_number(environ, "SLURM_PROCID", 0),
@@ -176,8 +177,23 @@ def _from_slurm(environ: Mapping[str, str]) -> TaskEnvironment:
         restart_count=_number(environ, "SLURM_RESTART_COUNT", 0),
         incarnation=(_number(environ, "SLURM_RESTART_COUNT", 0),),
         step_id=environ.get("SLURM_STEP_ID", "0"),
-        first_host=first_host(nodelist),
+        first_host=hosts[0],
     )
+
+
+def _in_order_of_groups(environ: Mapping[str, str], hosts: list[str], tasks: list[int]) -> tuple[list[str], list[int]]:
+    """Return hosts and their numbers of tasks in the order in which SLURM_NODEID counts them.
+
+    In a heterogeneous job that is group by group, while the lists of the step are sorted by name: rank 0 need not be on
+    their first host (measured on Slurm 22.05). A node is in one group only.
+    """
+    groups = range(_number(environ, "SLURM_HET_SIZE", 0))
+    known = [host for group in groups for host in expand_nodelist(environ.get(f"SLURM_JOB_NODELIST_HET_GROUP_{group}", ""))]
+    place = {host: index for index, host in enumerate(known)}
+    if not set(hosts) <= set(place):
+        return hosts, tasks
+    ordered = sorted(zip(hosts, tasks, strict=True), key=lambda node: place[node[0]])
+    return [host for host, _ in ordered], [count for _, count in ordered]
 
 
 def slurm_job_id(environ: Mapping[str, str]) -> str | None:
@@ -216,10 +232,31 @@ def expand_tasks_per_node(text: str) -> list[int]:
     return counts
 
 
-def first_host(nodelist: str) -> str:
-    """Return the first host of a Slurm node list: "rack[1-2]n[03-07],login1" is "rack1n03"."""
-    first_group = re.split(r",(?![^\[]*\])", nodelist, maxsplit=1)[0]
-    return _NODE_GROUP.sub(r"\1", first_group)
+def expand_nodelist(nodelist: str) -> list[str]:
+    """Return the hosts of a Slurm node list in its order: "rack[1-2]n[08,3],m1" is rack1n08, rack1n3, rack2n08, rack2n3, m1.
+
+    Raises:
+        TaskEnvironmentError: a bracket holds something else than numbers and ranges of them.
+    """
+    hosts: list[str] = []
+    for name in re.split(r",(?![^\[]*\])", nodelist):
+        # Text and brackets take turns.
+        parts = re.split(r"\[([^\]]*)\]", name)
+        choices = [_numbers(part, nodelist) if index % 2 else [part] for index, part in enumerate(parts)]
+        hosts += ["".join(choice) for choice in itertools.product(*choices)]
+    return hosts
+
+
+def _numbers(ranges: str, nodelist: str) -> list[str]:
+    """Return the numbers of "3,08-11", as wide as they are written."""
+    numbers: list[str] = []
+    for part in ranges.split(","):
+        match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part)
+        if match is None:
+            raise TaskEnvironmentError(f"the node list {nodelist!r} is not of the form n[1-3,08],m1: variables of the launcher are damaged")
+        first, last = match[1], match[2] or match[1]
+        numbers += [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+    return numbers
 
 
 def submission_environ(environ: Mapping[str, str]) -> dict[str, str]:

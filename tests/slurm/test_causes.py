@@ -406,7 +406,10 @@ def a_node_dies(lab: Lab) -> Job:
 
 def test_a_node_dies(job, whole):
     """Rank 0 fails of it within milliseconds, and Slurm would call that a failure of the job's own."""
-    assert [event["fate"] for event in job.events("lost")] == ["node_failure"]
+    lost = [event["fate"] for event in job.events("lost")]
+    # On a busy machine Slurm may find the node gone and start the job again before srun has given up.
+    assert lost in (["node_failure"], [])
+    assert len(job.events("requeue")) == len(lost)
     assert ids(job) == [job.job_id] * 2
     assert_same(job, whole, lost=8)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpcckpt.environment import first_host
+from hpcckpt.environment import expand_nodelist
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -147,9 +147,8 @@ WITHOUT_SRUN = "import os; from hpcckpt import TaskEnvironment; TaskEnvironment.
 
 
 @pytest.mark.parametrize("nodelist", ["n1", "n[1-4]", "n[03-07,9],m1", "rack1n[2,5-6]", "login1,n[1-2]", "a[1-2]b[3-4]"])
-def test_the_first_host_of_a_node_list_is_the_one_slurm_names(cluster, nodelist):
-    hosts = cluster.run("scontrol", "show", "hostnames", nodelist).stdout.split()
-    assert hosts[0] == first_host(nodelist)
+def test_the_hosts_of_a_node_list_are_those_that_slurm_names(cluster, nodelist):
+    assert expand_nodelist(nodelist) == cluster.run("scontrol", "show", "hostnames", nodelist).stdout.split()
 
 
 def test_time_limits_requeue_the_same_job_and_the_weights_are_those_of_an_uninterrupted_run(start, long_job):

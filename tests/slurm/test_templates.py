@@ -35,11 +35,12 @@ class Desk:
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self.cluster, self.folder = cluster, folder
 
-    def submit(self, name: str, template: str, *options: str, **variables: str) -> Job:
+    def submit(self, name: str, template: str, *options: str, hosts: tuple[str, ...] = (), **variables: str) -> Job:
         """Submit a template as a run of that name.
 
         Args:
             options: of sbatch; in the template's own place where it has one, since a successor knows nothing of the command line.
+            hosts: of a heterogeneous job's groups, one each.
             variables: of the environment; they have precedence over what stands at the template's top.
         """
         text = (REPOSITORY / "slurm" / "templates" / f"{template}.sbatch").read_text()
@@ -49,6 +50,8 @@ class Desk:
             changed = re.sub(rf"(?m)^#SBATCH {option.partition('=')[0]}=\S+", f"#SBATCH {option}", text)
             rest += [option] if changed == text else []
             text = changed
+        names = iter(hosts)
+        text = re.sub(r"(?m)^#SBATCH --nodes=\S+", lambda line: f"{line[0]} --nodelist={next(names)}" if hosts else line[0], text)
         script = self.folder / f"{name}.sbatch"
         script.write_text(text)
         done = self.cluster.run(
@@ -197,6 +200,35 @@ def torchrun(desk: Desk) -> Job:
 def test_torchrun(job):
     assert_gone_on(job, "by_hand", ["USR1"])
     assert_same_job(job)
+    assert [(event["world_size"], event["num_nodes"]) for event in job.events("attempt")] == [(2, 2)] * 2
+
+
+@run_of
+def heterogeneous(desk: Desk) -> Job:
+    return interrupted(desk, desk.submit("heterogeneous", "heterogeneous", "--nodes=1", "--ntasks-per-node=1", hosts=("n12", "n11")))
+
+
+def test_heterogeneous(job):
+    """Two groups of one rank each: the leader is asked, and both start again. Rank 0 is not on the first host by name."""
+    assert_gone_on(job, "by_hand", ["USR1"])
+    assert_same_job(job)
+    assert [(event["world_size"], event["num_nodes"]) for event in job.events("attempt")] == [(2, 2)] * 2
+
+
+@run_of
+def heterogeneous_without_requeue(desk: Desk) -> Job:
+    job = desk.submit("heterogeneous-successor", "heterogeneous", "--nodes=1", "--ntasks-per-node=1")
+    desk.wait_for_file(job, "begun")
+    done = desk.cluster.run("scontrol", "update", f"JobId={job.job_id}", "Requeue=0")
+    assert done.returncode == 0, done.stderr
+    desk.signal(job)
+    return desk.finish(job)
+
+
+def test_heterogeneous_without_requeue(job):
+    assert_gone_on(job, "by_hand", ["USR1"])
+    (successor,) = job.events("successor")
+    assert [event["job_id"] for event in job.events("attempt")] == [job.job_id, successor["job_id"]]
     assert [(event["world_size"], event["num_nodes"]) for event in job.events("attempt")] == [(2, 2)] * 2
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hpcckpt.environment import TaskEnvironment, expand_tasks_per_node, first_host, node_range, submission_environ
+from hpcckpt.environment import TaskEnvironment, expand_nodelist, expand_tasks_per_node, node_range, submission_environ
 from hpcckpt.errors import TaskEnvironmentError
 
 # Seven tasks on four nodes, started by srun: this is the second of the third node.
@@ -25,6 +25,17 @@ SRUN = {
 IN_SRUN = TaskEnvironment(
     "slurm", rank=5, local_rank=1, node_rank=2, world_size=7, local_world_size=2, num_nodes=4, job_id="123", restart_count=0,
     incarnation=(0,), first_host="gpu07",
+)  # fmt: skip
+# As Slurm 22.05 tells the last task: its list of nodes is sorted by name, its node ids count by group.
+HETEROGENEOUS = {
+    "SLURM_JOB_ID": "12", "SLURM_JOB_ID_HET_GROUP_0": "12", "SLURM_JOB_ID_HET_GROUP_1": "13", "SLURM_HET_SIZE": "2",
+    "SLURM_JOB_NODELIST": "n[2-4]", "SLURM_JOB_NODELIST_HET_GROUP_0": "n4", "SLURM_JOB_NODELIST_HET_GROUP_1": "n[2-3]",
+    "SLURM_JOB_NUM_NODES": "3", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "n[2-4]", "SLURM_STEP_NUM_TASKS": "5",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_PROCID": "4", "SLURM_NODEID": "2", "SLURM_LOCALID": "1",
+}  # fmt: skip
+IN_HETEROGENEOUS = TaskEnvironment(
+    "slurm", rank=4, local_rank=1, node_rank=2, world_size=5, local_world_size=2, num_nodes=3, job_id="12", restart_count=0,
+    incarnation=(0,), first_host="n4",
 )  # fmt: skip
 BATCH = {"SLURM_JOB_ID": "9", "SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS": "1", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "n1"}
 LOCAL = {
@@ -60,6 +71,14 @@ def changed(task: TaskEnvironment, **values: object) -> TaskEnvironment:
             | {"SLURM_STEP_NUM_TASKS": "7", "SLURM_STEP_TASKS_PER_NODE": "2(x3),1", "SLURM_STEP_NODELIST": "gpu[12-15]"},
             changed(IN_SRUN, first_host="gpu12"),
             id="a step smaller than its job",
+        ),
+        pytest.param(HETEROGENEOUS, IN_HETEROGENEOUS, id="both groups of a heterogeneous job"),
+        pytest.param(
+            HETEROGENEOUS
+            | {"SLURM_STEP_NODELIST": "n[2-3]", "SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"}
+            | {"SLURM_NODEID": "1", "SLURM_LOCALID": "0"},
+            changed(IN_HETEROGENEOUS, rank=2, local_rank=0, node_rank=1, local_world_size=2, world_size=4, num_nodes=2, first_host="n2"),
+            id="one group of a heterogeneous job",
         ),
         pytest.param(
             BATCH, TaskEnvironment("slurm", job_id="9", restart_count=0, incarnation=(0,), first_host="n1"), id="batch script of one task"
@@ -196,23 +215,30 @@ def test_another_form_of_run_lengths_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("nodelist", "first"),
+    ("nodelist", "hosts"),
     [
         ("n1", "n1"),
-        ("n1,n2", "n1"),
-        ("node[3-7]", "node3"),
-        ("node[003-127]", "node003"),
-        ("node[5,1-3]", "node5"),
-        ("node[1,3],login1", "node1"),
-        ("rack[1-2]n[03-07],login1", "rack1n03"),
-        ("rack[2,4]n[1,3],x[1-2]", "rack2n1"),
-        ("n[1-2].cluster.site", "n1.cluster.site"),
-        ("n[08-09]-ib,m1", "n08-ib"),
-        ("a-b-c[10-12]", "a-b-c10"),
+        ("n1,n2", "n1 n2"),
+        ("node[3-5]", "node3 node4 node5"),
+        ("node[008-011]", "node008 node009 node010 node011"),
+        ("node[9-10]", "node9 node10"),
+        ("node[5,1-3]", "node5 node1 node2 node3"),
+        ("node[1,3],login1", "node1 node3 login1"),
+        ("rack[1-2]n[03-04],login1", "rack1n03 rack1n04 rack2n03 rack2n04 login1"),
+        ("rack[2,4]n[1,3],x[1-2]", "rack2n1 rack2n3 rack4n1 rack4n3 x1 x2"),
+        ("n[1-2].cluster.site", "n1.cluster.site n2.cluster.site"),
+        ("n[08-09]-ib,m1", "n08-ib n09-ib m1"),
+        ("a-b-c[10-12]", "a-b-c10 a-b-c11 a-b-c12"),
     ],
 )
-def test_the_first_host_of_a_node_list(nodelist: str, first: str) -> None:
-    assert first_host(nodelist) == first
+def test_the_hosts_of_a_node_list(nodelist: str, hosts: str) -> None:
+    assert expand_nodelist(nodelist) == hosts.split()
+
+
+@pytest.mark.parametrize("nodelist", ["n[]", "n[a]", "n[1-]", "n[1,]", "n[-1]", "n[1-2-3]", "n[1" + "0" * 12 + "]"])
+def test_another_form_of_node_list_is_refused(nodelist: str) -> None:
+    with pytest.raises(TaskEnvironmentError, match="is not of the form"):
+        expand_nodelist(nodelist)
 
 
 def test_a_submission_keeps_what_the_user_and_the_site_set() -> None:
