@@ -2,6 +2,7 @@
 #   PYTHON=python3.12 make test     another Python
 #   make test REQUIRE_SLURM=1       no Slurm is a failure instead of a skip
 #   make test TESTS=tests/unit      a part of the tests
+#   make bench                      saves beside those of other libraries, 30 minutes; make bench-quick, one minute
 #   make chaos                      the faults of tests/faults in full: hundreds of kills, power cuts and full disks, as root
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ TESTS ?= tests
 REQUIRE_SLURM ?= 0
 BIN := $(VENV)/bin
 
-.PHONY: demo test chaos lint format slurm faults clean
+.PHONY: demo test chaos bench bench-quick lint format slurm faults clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/python -m examples.demo
@@ -19,6 +20,12 @@ test: $(VENV)/.installed slurm faults
 
 chaos: $(VENV)/.installed faults
 	HPCCKPT_CHAOS=1 HPCCKPT_REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/faults
+
+bench: $(VENV)/.installed
+	$(BIN)/python -W ignore -m benchmarks.checkpoints --json bench.json
+
+bench-quick: $(VENV)/.installed
+	$(BIN)/python -W ignore -m benchmarks.checkpoints --quick
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

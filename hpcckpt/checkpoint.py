@@ -25,6 +25,7 @@ from hpcckpt.policy import Position
 from hpcckpt.state.conditions import differences, doubts
 from hpcckpt.state.marks import Mark, changed_since, marked
 from hpcckpt.state.overridden import given, overridden
+from hpcckpt.state.pickled import write_as_torch
 from hpcckpt.state.portable import portable
 from hpcckpt.state.rng import derive_seed, rng_state, seed_all, set_rng_state
 from hpcckpt.state.tracked import FORMAT_VERSION, Tracked
@@ -101,7 +102,7 @@ def commit(
         position.epoch,
         position.step,
         epoch_finished=position.epoch_finished,
-        write=lambda file: torch.save(content, file),
+        write=lambda file: write_as_torch(content, file),
         manifest=manifest,
         name=name,
     )

@@ -20,6 +20,7 @@ from hpcckpt.reading import ALIASES_KEY, read_content
 from hpcckpt.state.foreign import common_prefixes, fitted, model_state_in
 from hpcckpt.state.model import LoadReport, load_model_state, model_state, parameter_names, portable_names, wrapper_name
 from hpcckpt.state.optimizer import check_optimizer_state, load_optimizer_state, optimizer_state
+from hpcckpt.state.pickled import write_as_torch
 from hpcckpt.state.portable import compacted, portable
 from hpcckpt.state.text import listed, printable
 from hpcckpt.state.tracked import FORMAT_VERSION, check_version, naming
@@ -228,7 +229,7 @@ def save_plain(content: Any, path: Path) -> None:
         CheckpointSaveError: the file cannot be written; what was there before is intact.
     """
     compact = compacted(content)
-    _save(path, lambda file: torch.save(compact, file))
+    _save(path, lambda file: write_as_torch(compact, file))
 
 
 def _save(path: Path, write: Callable[[IO[bytes]], None]) -> None:

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import io
 import json
 import os
 import secrets
@@ -20,56 +19,12 @@ from typing import IO, Any
 
 from hpcckpt.errors import CheckpointCorruptError, RunDirectoryError
 from hpcckpt.layout import TEMPORARY_PREFIX
+from hpcckpt.store.digest import begun_like
+from hpcckpt.store.sink import Sink
 
 _JSON_LIMIT_BYTES = 16 * 1024 * 1024
 _CHECKSUM = "checksum"
 _READ_BYTES = 4 * 1024 * 1024
-
-
-class DigestingFile(io.RawIOBase):
-    """A write-only file that knows size and SHA-256 of what went through it, without reading it again.
-
-    It also remembers its failure: torch.save turns a full disk into a RuntimeError about positions.
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        super().__init__()
-        self._file = open(descriptor, "wb", buffering=0)  # noqa: SIM115 - closed by close()
-        self._hash = hashlib.sha256()
-        self.size_bytes = 0
-        self.failure: OSError | None = None
-
-    def writable(self) -> bool:
-        """Return True."""
-        return True
-
-    def write(self, data: Any, /) -> int:
-        """Write all of `data`; a short write would tear the digest from the file."""
-        view = memoryview(data).cast("B")
-        self._hash.update(view)
-        self.size_bytes += len(view)
-        rest = view
-        try:
-            while rest:
-                rest = rest[self._file.write(rest) or 0 :]
-        except OSError as error:
-            self.failure = error
-            raise
-        return len(view)
-
-    def fileno(self) -> int:
-        """Return the descriptor."""
-        return self._file.fileno()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-        super().close()
-
-    @property
-    def digest(self) -> str:
-        """The digest so far, with its algorithm: "sha256:…"."""
-        return f"sha256:{self._hash.hexdigest()}"
 
 
 def make_private_directory(path: Path, *, follow_symlink: bool = True) -> None:
@@ -118,14 +73,14 @@ def drafted(path: Path, write: Callable[[IO[bytes]], None]) -> Iterator[Draft]:
     draft = Draft(path, path.parent / f"{TEMPORARY_PREFIX}{path.name}.{secrets.token_hex(4)}")
     descriptor = os.open(draft.temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        with DigestingFile(descriptor) as file:
+        with Sink(descriptor) as file:
             try:
                 write(file)  # type: ignore[arg-type]  # RawIOBase has all that a writer calls
             finally:
                 if file.failure is not None:
                     raise file.failure from None  # what torch makes of it says less
-            os.fsync(descriptor)
-        draft.size_bytes, draft.digest = file.size_bytes, file.digest
+            file.finish()
+            draft.size_bytes, draft.digest = file.size_bytes, file.digest
         yield draft
     finally:
         if not draft.has_name:
@@ -222,20 +177,22 @@ def is_being_read(path: Path) -> bool:
     return False
 
 
-def file_digest(path: Path) -> tuple[int, str]:
+def file_digest(path: Path, like: str = "") -> tuple[int, str]:
     """Return (size in bytes, digest) of a file, which is marked as being read meanwhile; does not follow a symlink.
+
+    `like`: a digest of the algorithm that is wanted; this version's without one.
 
     Raises:
         OSError: it cannot be read.
     """
-    size, digest = 0, hashlib.sha256()
+    size, digest = 0, begun_like(like)
     with reading(path) as descriptor:
         buffer = bytearray(_READ_BYTES)
         with open(descriptor, "rb", buffering=0, closefd=False) as file:
             while count := file.readinto(buffer):
                 digest.update(memoryview(buffer)[:count])
                 size += count
-    return size, f"sha256:{digest.hexdigest()}"
+    return size, digest.text()
 
 
 def sync_directory(path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from hpcckpt.errors import CheckpointCorruptError, CheckpointError, CheckpointNotFoundError
 from hpcckpt.layout import RunLayout, manifest_name, parse_checkpoint_name
 from hpcckpt.policy import CheckpointInfo, Retention
+from hpcckpt.store.digest import is_known
 from hpcckpt.store.durable import file_digest, read_json
 
 # How often a look is begun anew because a writer was faster.
@@ -26,7 +27,7 @@ class Entry:
 
     info: CheckpointInfo
     manifest: Mapping[str, Any]
-    # False behind an interrupted save over a file of the same name, until its manifest is written anew.
+    # False behind an interrupted save over a file of the same name, where it is known which manifest has to be written anew.
     is_settled: bool = True
 
     @property
@@ -100,10 +101,13 @@ class CheckpointReader:
         if path.parent.resolve() != self._layout.checkpoints.resolve():
             return None
         try:
-            _, digest = file_digest(path)
+            # Mostly of one algorithm; another version's may be among them.
+            known = {str(entry.manifest.get("digest")): entry.info for entry in self._entries().values()}
+            algorithms = {digest.partition(":")[0]: digest for digest in known if is_known(digest)}
+            digests = [file_digest(path, like)[1] for like in algorithms.values()]
         except OSError as error:
             raise CheckpointCorruptError(f"{path} cannot be read ({error.strerror})") from None
-        found = next((entry.info for entry in self._entries().values() if entry.manifest.get("digest") == digest), None)
+        found = next((known[digest] for digest in digests if digest in known), None)
         if found is None:
             raise CheckpointCorruptError(f"{path} is damaged, or no checkpoint of this run: choose another one")
         return found
@@ -203,9 +207,11 @@ class CheckpointReader:
             manifest = read_json(self._layout.checkpoints / manifest_name(name)) or {}
             replaced = manifest.get("replaces")
             # An interrupted save over a file of the same name: the bytes say which of the two manifests is theirs.
-            if replaced is not None and self._problem_of(name, manifest) is not None:
-                manifest = replaced
             is_settled = replaced is None
+            if replaced is not None and (problem := self._problem_of(name, manifest)) is not None:
+                # Of a file that cannot be read now nothing is decided.
+                is_settled = not problem.is_damage
+                manifest = replaced if problem.is_damage else manifest
             if manifest["file"] != name:
                 return
             metrics = {str(key): float(value) for key, value in manifest["metrics"].items()}
@@ -224,15 +230,17 @@ class CheckpointReader:
         return self._problem_of(entry.info.name, entry.manifest)
 
     def _problem_of(self, name: str, manifest: Mapping[str, Any]) -> "_Problem | None":
-        path = self._layout.checkpoints / name
+        path, committed = self._layout.checkpoints / name, str(manifest.get("digest"))
+        if not is_known(committed):
+            return _Problem(f"{path} has a digest that this version of hpcckpt cannot compute ({committed[:40]!r})", is_damage=False)
         try:
-            size_bytes, digest = file_digest(path)
+            size_bytes, digest = file_digest(path, committed)
         except OSError as error:
             # Of a file that cannot be read nothing is known: the next look may find it good.
             return _Problem(f"{path} cannot be read ({error.strerror})", is_damage=False)
         if size_bytes != manifest.get("size_bytes"):
             return _Problem(f"{path} has {size_bytes} bytes, but {manifest.get('size_bytes')} were committed", is_damage=True)
-        if digest != manifest.get("digest"):
+        if digest != committed:
             return _Problem(f"{path} is damaged: its digest is not the one that was committed", is_damage=True)
         return None
 

@@ -12,7 +12,7 @@ import pytest
 from support.faults import Findings, Strace, assert_sound, calls_in, copied, scaled
 
 pytestmark = [pytest.mark.usefixtures("strace"), pytest.mark.timeout(900)]
-BROKEN = ("write", "fsync", "close", "rename", "open", "unlink", "link", "getdents64")
+BROKEN = ("pwrite64", "fsync", "close", "rename", "open", "unlink", "link", "getdents64")
 
 
 @pytest.fixture
@@ -39,14 +39,14 @@ def essential(save):
 @pytest.mark.parametrize("name", BROKEN)
 def test_an_input_output_error_at_any_call_is_a_failed_save_or_a_durable_one(server, committed, save, tmp_path, name, figure):
     calls = [call for call in save if call.name in (name, f"{name}at", f"{name}at2")]
-    if name in ("write", "close", "open"):
+    if name in ("pwrite64", "close", "open"):
         calls = calls[:: scaled(max(len(calls) // 6, 1), 1)]
     findings, failed = Findings(), 0
     for call in calls:
         root, output = copied(committed, committed.parent / "failing"), tmp_path / "out"
         writer = server.start("writer", root=str(root))
         writer.hear()
-        watched = ",".join({call.name, "openat", "write", "fsync", "rename", "sendto"})
+        watched = ",".join({call.name, "openat", "pwrite64", "fsync", "rename", "sendto"})
         strace = Strace(writer.pid, output, f"trace={watched}", f"inject={call.name}:error=EIO:when={call.number}")
         with findings.trial(f"EIO at {call}"):
             answer = writer.ask(step=40, loss=0.1)
@@ -85,7 +85,7 @@ def assert_written_anew(calls, size):
     if path.rpartition("/")[2] != "checkpoints":
         assert not [call for call in later if call.name == "fsync" and f"<{path}>" in call.text], f"{path} is synced again"
         assert not [call for call in later if call.name == "rename" and f'"{path}"' in call.text], f"{path} is published all the same"
-    written = sum(int(call.text.rpartition("= ")[2]) for call in later if call.name == "write")
+    written = sum(int(call.text.rpartition("= ")[2]) for call in later if call.name == "pwrite64")
     assert written > size, "what could not be made durable is not written anew"
 
 

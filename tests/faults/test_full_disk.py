@@ -83,6 +83,36 @@ def test_a_disk_that_gets_full_at_any_byte_of_a_save_leaves_all_that_is_older(se
 
 
 @pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
+def test_a_disk_that_gets_full_in_a_large_save_leaves_all_that_is_older(server, committed, file_systems, memory, kind):
+    """A thread finds out, past the page cache or through it."""
+    if kind == "tmpfs":
+        large = file_systems.tmpfs("large", size="64m")
+    else:
+        large = file_systems.ext4("large", file_systems.image(memory / "large.img", size_mb=80))
+    order, findings = {"step": 40, "loss": 0.5, "kib": 40 * 1024}, Findings()
+    try:
+        for left_mb in (1, 15, 17, 33, 39):
+            root, ballast = copied(committed, large / "run"), large / "ballast"
+            before = contents(root)
+            writer = server.start("writer", root=str(root))
+            writer.hear()
+            answer = writer.ask(**order, ballast=[str(ballast), left_mb << 20])
+            with findings.trial(f"{left_mb} MB free"):
+                assert_failed_well(server, root, answer, before, NO_SPACE)
+                ballast.unlink()
+                assert writer.ask(**order)["acknowledged"] == 40
+                assert_sound(server, root, [10, 20, 30, 40], next_step=57)
+            writer.end()
+            ballast.unlink(missing_ok=True)
+            shutil.rmtree(root)
+    finally:
+        server.end_children()
+        file_systems.unmount(large)
+        (memory / "large.img").unlink(missing_ok=True)
+    findings.assert_none()
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
 def test_a_disk_that_has_no_more_files_to_give_leaves_all_that_is_older(server, committed, file_systems, memory, kind, figure):
     findings, outcomes = Findings(), []
     if kind == "tmpfs":
@@ -146,11 +176,13 @@ def test_a_limit_of_file_size_at_any_byte_leaves_all_that_is_older(server, commi
 def test_a_quota_that_is_used_up_at_any_call_leaves_all_that_is_older(server, committed, tmp_path, error, reason, lasting, figure):
     findings, failed = Findings(), 0
     calls = [
-        call for call in saved_calls(server, committed, tmp_path) if call.name in ("openat", "write", "fsync", "rename", "linkat", "mkdir")
+        call
+        for call in saved_calls(server, committed, tmp_path)
+        if call.name in ("openat", "pwrite64", "fsync", "rename", "linkat", "mkdir")
     ]
     calls = [call for call in calls if call.is_change]
-    writes = [call for call in calls if call.name == "write"]
-    calls = [call for call in calls if call.name != "write"] + writes[:: scaled(max(len(writes) // 3, 1), 1)] + writes[-1:]
+    writes = [call for call in calls if call.name == "pwrite64"]
+    calls = [call for call in calls if call.name != "pwrite64"] + writes[:: scaled(max(len(writes) // 3, 1), 1)] + writes[-1:]
     for call in calls:
         root = copied(committed, committed.parent / "quota")
         before = contents(root)

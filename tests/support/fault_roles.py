@@ -5,7 +5,6 @@
 
 import contextlib
 import gc
-import hashlib
 import json
 import os
 import random
@@ -24,7 +23,9 @@ import torch
 from hpcckpt.errors import CheckpointSaveError, FencedError, HpcckptError
 from hpcckpt.layout import RunLayout
 from hpcckpt.policy import Retention
+from hpcckpt.state.pickled import write_as_torch
 from hpcckpt.store.checkpoints import CheckpointStore
+from support.digests import digest_of
 
 RETENTION = Retention(keep_last=2, keep_best=1, monitor="loss")
 # All are starts of one job: a later one takes over from an earlier one that still lives.
@@ -59,7 +60,7 @@ def commit(store, step, kib=KIB, loss=None, before_write=lambda: None):
 
     def write(file):
         before_write()
-        torch.save(state, file)
+        write_as_torch(state, file)
 
     manifest = {"metrics": {"loss": loss_of(step) if loss is None else loss}, "kib": kib}
     return store.commit(epoch, step, epoch_finished=finished, write=write, manifest=manifest)
@@ -68,7 +69,7 @@ def commit(store, step, kib=KIB, loss=None, before_write=lambda: None):
 def wrong_with(path, manifest):
     """Return what is wrong with a checkpoint, None if it is bit for bit what was committed at the manifest's step."""
     data = path.read_bytes()
-    if f"sha256:{hashlib.sha256(data).hexdigest()}" != manifest["digest"] or len(data) != manifest["size_bytes"]:
+    if digest_of(data) != manifest["digest"] or len(data) != manifest["size_bytes"]:
         return f"{path}: not the bytes of its manifest"
     found, expected = torch.load(path, weights_only=True), state_of(manifest["step"], manifest["kib"])
     if found.keys() != expected.keys() or found["step"] != expected["step"]:
@@ -198,7 +199,7 @@ def facts_of(layout):
     if layout.best.exists():
         best = torch.load(layout.best, weights_only=True)
         facts["best"] = best["step"]
-        manifest = {"digest": f"sha256:{hashlib.sha256(layout.best.read_bytes()).hexdigest()}", "size_bytes": layout.best.stat().st_size}
+        manifest = {"digest": digest_of(layout.best.read_bytes()), "size_bytes": layout.best.stat().st_size}
         kib = next((known["kib"] for known in manifests.values() if known["digest"] == manifest["digest"]), KIB)
         facts["wrong"] += filter(None, [wrong_with(layout.best, {**manifest, "step": best["step"], "kib": kib})])
     facts["losses"] = {manifest["step"]: manifest["metrics"]["loss"] for manifest in manifests.values()}
@@ -290,7 +291,7 @@ def reader(line, root):
         last = now
         try:
             data = (layout.checkpoints / seen["file"]).read_bytes()
-            good = f"sha256:{hashlib.sha256(data).hexdigest()}" == seen["digest"]
+            good = digest_of(data) == seen["digest"]
         except FileNotFoundError:
             good = False
         if good:

@@ -168,11 +168,12 @@ class Server:
 
 @dataclass(frozen=True)
 class Call:
-    """A system call as strace has seen it: the `number`-th of that name, with its arguments and its result."""
+    """A system call as strace has seen it: the `number`-th of that name in its thread, with its arguments and its result."""
 
     name: str
     number: int
     text: str
+    thread: str = ""
 
     @property
     def is_change(self):
@@ -184,10 +185,10 @@ def calls_in(trace):
     """Return the calls of a strace output file."""
     count, calls = {}, []
     for line in trace.read_text(errors="replace").splitlines():
-        match = re.match(r"(?:\d+ +)?(\w+)\(", line)
+        match = re.match(r"(\d+ +)?(\w+)\(", line)
         if match:
-            count[match[1]] = count.get(match[1], 0) + 1
-            calls.append(Call(match[1], count[match[1]], line))
+            count[match[0]] = count.get(match[0], 0) + 1
+            calls.append(Call(match[2], count[match[0]], line, match[1] or ""))
     return calls
 
 

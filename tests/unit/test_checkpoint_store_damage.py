@@ -3,14 +3,16 @@
 import hashlib
 import json
 import os
+import shutil
 
 import pytest
 
 from hpcckpt.errors import CheckpointCorruptError, CheckpointNotFoundError
 from hpcckpt.layout import RunLayout, manifest_name
 from hpcckpt.policy import Retention
-from hpcckpt.store.durable import read_json
+from hpcckpt.store.durable import read_json, write_json
 from support.checkpoints import claimed, commit, files, name_of, newest
+from support.digests import digest_of
 
 
 @pytest.fixture
@@ -171,13 +173,41 @@ def test_a_rewind_to_nothing_begins_anew(layout, three):
     )
 
 
+def redigested(layout, epoch, digest):
+    """Let a manifest have another digest, as another version would have written it."""
+    path = layout.checkpoints / name_of(epoch).replace(".pt", ".json")
+    write_json(path, {**read_json(path), "digest": digest})
+
+
+def test_files_of_earlier_versions_are_verified_by_their_own_digest(layout, three):
+    digest = "sha256:" + hashlib.sha256(b"epoch 2").hexdigest()
+    redigested(layout, 2, digest)
+    assert newest(layout) == (name_of(2), [])
+    shutil.copy(layout.checkpoints / name_of(2), layout.checkpoints / "copy.pt")
+    shutil.copy(layout.checkpoints / name_of(1), layout.checkpoints / "another.pt")
+    assert three.own(layout.checkpoints / "copy.pt").epoch == 2
+    assert three.own(layout.checkpoints / "another.pt").epoch == 1
+    (layout.checkpoints / name_of(2)).write_bytes(b"epoch 3")
+    assert newest(layout)[0] == name_of(1)
+    with pytest.raises(CheckpointCorruptError, match="or no checkpoint of this run"):
+        three.own(layout.checkpoints / name_of(2))
+
+
+def test_what_a_later_version_has_committed_is_passed_over_but_not_set_aside(layout, three):
+    redigested(layout, 2, "blake9:00")
+    said = []
+    assert three.recover(said.append).name == name_of(1)
+    assert "cannot compute ('blake9:00')" in said[0]
+    assert (layout.checkpoints / name_of(2)).exists()
+
+
 def test_an_epoch_can_be_superseded_twice(layout, three):
     three.rewind(name_of(1))
     commit(three, 2, content=b"the second")
     three.rewind(name_of(1))
     assert (layout.superseded / "checkpoint_epoch0002.pt").read_bytes() == b"epoch 2"
     assert (layout.superseded / "checkpoint_epoch0002.pt.1").read_bytes() == b"the second"
-    digest = "sha256:" + hashlib.sha256(b"the second").hexdigest()
+    digest = digest_of(b"the second")
     assert json.loads((layout.superseded / "checkpoint_epoch0002.pt.1.json").read_text())["digest"] == digest
 
 

@@ -1,6 +1,5 @@
 """Whatever is interrupted, and when: there is a good checkpoint, and none older than the last that was acknowledged."""
 
-import hashlib
 import json
 import os
 import random
@@ -15,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from hpcckpt.errors import CheckpointSaveError, FencedError
 from hpcckpt.layout import RunLayout
 from support.checkpoints import claimed, commit, files, name_of, newest
+from support.digests import digest_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 # Every way in which the package changes a directory or makes something durable.
@@ -183,7 +183,7 @@ class Life(RuleBasedStateMachine):
             if path.with_suffix(".json").exists():
                 manifest = json.loads(path.with_suffix(".json").read_text())
                 digests = [manifest["digest"], manifest.get("replaces", {}).get("digest")]
-                if "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest() in digests:
+                if digest_of(path.read_bytes()) in digests:
                     found.append(int(path.stem[-4:]))
         return found
 
@@ -207,7 +207,7 @@ class Life(RuleBasedStateMachine):
         content, before = self.next_content(), self.expected()
         killed_at(number, lambda: commit(self.store, self.epoch + 1, 0.1, content))
         pointer = json.loads(self.layout.latest.read_text()) if self.layout.latest.exists() else {}
-        if pointer.get("digest") == "sha256:" + hashlib.sha256(content).hexdigest():
+        if pointer.get("digest") == digest_of(content):
             self.pointed = self.epoch + 1
         elif self.pointed is not None and before == self.pointed:
             assert self.expected() == before

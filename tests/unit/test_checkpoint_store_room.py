@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,7 @@ from hpcckpt.layout import RunLayout, manifest_name
 from hpcckpt.policy import Retention
 from hpcckpt.store import guard
 from hpcckpt.store.checkpoints import CheckpointStore
-from hpcckpt.store.durable import file_digest, is_being_read, read_json, reading
+from hpcckpt.store.durable import Draft, file_digest, is_being_read, read_json, reading
 from support.checkpoints import BEST, claimed, commit, files, name_of, newest
 
 
@@ -134,6 +135,7 @@ def test_another_error_than_a_full_disk_deletes_nothing(layout):
 
 READ = """
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from hpcckpt.store.durable import reading
 with reading(Path(sys.argv[1])):
@@ -266,6 +268,7 @@ def test_an_epoch_can_be_damaged_twice(layout):
 
 HOLD = """
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from hpcckpt.store import guard
 from hpcckpt.layout import RunLayout
@@ -394,35 +397,69 @@ def test_a_folder_that_is_a_symlink_is_not_followed(layout, tmp_path):
 # A save over a file of the same name
 
 
-def test_a_manifest_that_was_written_before_its_file_does_not_damage_the_one_that_is_there(layout, monkeypatch):
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Let a save be interrupted where its file gets its name: before, or behind that."""
+    publish = Draft.publish
+
+    @contextmanager
+    def at(*, has_name):
+        def fail(draft):
+            if draft.path.suffix != ".pt":
+                return publish(draft)
+            if has_name:
+                publish(draft)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Draft, "publish", fail)
+            with pytest.raises(CheckpointSaveError):
+                yield
+
+    return at
+
+
+def manifest_of(layout, epoch):
+    return json.loads((layout.checkpoints / manifest_name(name_of(epoch))).read_text())
+
+
+def test_a_manifest_that_was_written_before_its_file_does_not_damage_the_one_that_is_there(layout, interrupted):
     store = claimed(layout)
     commit(store, 0, loss=1.0, content=b"old")
-
-    def fail(_draft):
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr("hpcckpt.store.durable.Draft.publish", fail)
-    with pytest.raises(CheckpointSaveError):
+    with interrupted(has_name=False):
         commit(store, 0, loss=2.0, content=b"new")
-    monkeypatch.undo()
+    assert manifest_of(layout, 0)["replaces"]["metrics"] == {"loss": 1.0}
     info = CheckpointStore(layout, BEST).infos()[0]
     assert info.metrics == {"loss": 1.0}
     assert newest(layout) == (name_of(0), [])
     commit(store, 0, loss=3.0, content=b"newer")
-    assert "replaces" not in json.loads((layout.checkpoints / manifest_name(name_of(0))).read_text())
+    assert "replaces" not in manifest_of(layout, 0)
 
 
-def test_a_save_that_was_interrupted_within_its_two_names_is_settled_once(layout, monkeypatch):
+@pytest.mark.parametrize("has_name", [False, True], ids=["the old file", "the new file"])
+def test_a_save_that_was_interrupted_within_its_two_names_is_settled_once(layout, interrupted, has_name):
     store = claimed(layout)
-    commit(store, 0, content=b"old")
+    commit(store, 0, loss=1.0, content=b"old")
+    with interrupted(has_name=has_name):
+        commit(store, 0, loss=2.0, content=b"new")
+    commit(store, 1)
+    assert "replaces" not in manifest_of(layout, 0)
+    assert [info.metrics["loss"] for info in store.infos()] == [2.0 if has_name else 1.0, 1.0]
+    assert store.find("epoch 0", epoch=0).name == name_of(0)
 
-    def fail(_draft):
+
+def test_a_file_that_cannot_be_read_for_a_moment_is_not_given_the_manifest_of_the_one_it_has_replaced(layout, interrupted, monkeypatch):
+    def unreadable(*_):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
+    store = claimed(layout)
+    commit(store, 0, content=b"old")
+    with interrupted(has_name=True):
+        commit(store, 0, content=b"new")
     with monkeypatch.context() as patch:
-        patch.setattr("hpcckpt.store.durable.Draft.publish", fail)
-        with pytest.raises(CheckpointSaveError):
-            commit(store, 0, content=b"new")
-    commit(store, 1)
-    assert "replaces" not in json.loads((layout.checkpoints / manifest_name(name_of(0))).read_text())
-    assert [info.epoch for info in store.infos()] == [0, 1]
+        patch.setattr("hpcckpt.store.reader.file_digest", unreadable)
+        commit(store, 1)
+    assert "replaces" in manifest_of(layout, 0)
+    assert store.find("epoch 0", epoch=0).name == name_of(0)
+    commit(store, 2)
+    assert "replaces" not in manifest_of(layout, 0)

@@ -1,15 +1,13 @@
 """A name shows the old content or the new one, durable, and nothing in between."""
 
-import hashlib
 import json
 import os
 import re
-import resource
 import shutil
 import stat
 import subprocess
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import pytest
 import torch
@@ -19,6 +17,8 @@ from hypothesis import strategies as st
 from hpcckpt.errors import CheckpointCorruptError, RunDirectoryError
 from hpcckpt.store import durable
 from hpcckpt.store.durable import drafted, file_digest, make_private_directory, read_json, write_bytes, write_durably, write_json
+from support.digests import digest_of
+from support.limits import full_disk
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives a directory to another user")
 
@@ -27,23 +27,8 @@ def mode_of(path):
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def sha256_of(path):
-    return "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
-
-
-@contextmanager
-def full_disk(at_byte):
-    """The kernel refuses to write any file beyond this size."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (at_byte, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @settings(deadline=None)
@@ -52,7 +37,7 @@ def test_content_size_and_digest_are_those_of_the_file(tmp_path_factory, pieces)
     path = tmp_path_factory.getbasetemp() / "pieces"
     size, digest = write_durably(path, lambda file: [file.write(piece) for piece in pieces] and None)
     assert path.read_bytes() == b"".join(pieces)
-    assert (size, digest) == (len(b"".join(pieces)), sha256_of(path)) == file_digest(path)
+    assert (size, digest) == (len(b"".join(pieces)), digest_of(path.read_bytes())) == file_digest(path)
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077], ids=oct)
@@ -70,7 +55,7 @@ def test_a_writer_may_write_any_buffer(tmp_path, data):
     written = []
     size, digest = write_durably(tmp_path / "a", lambda file: written.append(file.write(data)))
     assert written == [memoryview(data).nbytes] == [size]
-    assert digest == sha256_of(tmp_path / "a")
+    assert digest == digest_of((tmp_path / "a").read_bytes())
     assert (tmp_path / "a").read_bytes() == bytes(data)
 
 
@@ -80,7 +65,7 @@ def test_torch_saves_into_the_file_and_loads_it_again(tmp_path):
     loaded = torch.load(tmp_path / "a.pt", weights_only=True)
     assert torch.equal(loaded["weight"], state["weight"])
     assert loaded["step"] == 3
-    assert (size, digest) == ((tmp_path / "a.pt").stat().st_size, sha256_of(tmp_path / "a.pt"))
+    assert (size, digest) == ((tmp_path / "a.pt").stat().st_size, digest_of((tmp_path / "a.pt").read_bytes()))
 
 
 def test_the_bytes_are_those_of_a_plain_torch_save(tmp_path):
@@ -179,7 +164,7 @@ def test_the_kernel_sees_data_then_fsync_then_rename_then_fsync_of_the_directory
         "strace",
         "-y",
         "-e",
-        "trace=openat,write,fsync,rename,renameat,renameat2",
+        "trace=openat,pwrite64,fsync,rename,renameat,renameat2",
         "-o",
         trace,
         sys.executable,
@@ -192,7 +177,7 @@ def test_the_kernel_sees_data_then_fsync_then_rename_then_fsync_of_the_directory
         pytest.skip("ptrace is not allowed here")
     calls = [line for line in trace.read_text().splitlines() if str(target.parent) in line and "O_DIRECTORY" not in line]
     names = [re.sub(r"^rename.*", "rename", call.split("(")[0]) for call in calls]
-    assert names == ["openat", "write", "fsync", "rename", "fsync"]
+    assert names == ["openat", "pwrite64", "fsync", "rename", "fsync"]
     assert "O_WRONLY|O_CREAT|O_EXCL|O_NOFOLLOW|O_CLOEXEC, 0600" in calls[0]
     assert f"<{target.parent}/.tmp-a." in calls[2]
     assert f'"{target}"' in calls[3]

@@ -23,7 +23,7 @@ FLOORS = {
     "curves": 3, "exactness": 3, "origin": 3, "reading": 3, "recorder": 3, "requeue": 3,
     "watch": 3,
     "state": 2, "store": 2, "data": 2, "progress": 2,
-    "distributed": 1, "signals": 1, "scheduler": 1,
+    "archive": 1, "distributed": 1, "signals": 1, "scheduler": 1,
     "errors": 0, "layout": 0, "config": 0, "environment": 0, "policy": 0,
     "lead_time": 0,
 }  # fmt: skip
