@@ -46,6 +46,21 @@ class Record:
         return cls(name, len(data), lambda: memoryview(data))
 
 
+def placed(entries: Iterable[tuple[str, int]]) -> tuple[list[int], int]:
+    """Return where the data of each entry (name, size in bytes) begin in their zip file, and how large that is."""
+    offset = central = 0
+    starts = []
+    for name, size in entries:
+        name_bytes = len(name) if name.isascii() else len(name.encode())
+        is_small = size < _LARGE and offset < _LARGE
+        extra_bytes = 0 if is_small else len(_zip64_extra(size, size, offset))
+        start = _data_offset(offset, name_bytes, extra_bytes)
+        starts.append(start)
+        central += _CENTRAL.size + name_bytes + extra_bytes
+        offset = start + size + ((_DESCRIPTOR64 if extra_bytes else _DESCRIPTOR).size if size else 0)
+    return starts, offset + central + _END64.size + _LOCATOR.size + _END.size
+
+
 def archived(records: Iterable[Record]) -> Iterator[bytes | bytearray | memoryview]:
     """Yield the zip file of these records in pieces; each is used before the next one is asked for, and may change then."""
     offset = 0

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 
 from hpcckpt import policy, scheduler
+from hpcckpt.background import Background, Files
 from hpcckpt.config import RunConfig
 from hpcckpt.distributed import Agreement, Ranks, Wish
 from hpcckpt.environment import TaskEnvironment
@@ -63,6 +64,9 @@ class Attempt:
         if refusal is not None:
             self._refuse_to_train(refusal)
         self.recorder = Recorder(layout, config.name) if ranks.is_main else None
+        beside = ranks.is_main and config.checkpoint.async_save
+        self._background = Background((config.requeue.signal, "TERM"), self.note) if beside else None
+        self.files = Files(self.store, self.ledger, self._background, skips=config.checkpoint.when_busy == "skip")
         self.agreement = Agreement(ranks.store, task.rank, task.world_size, name=f"agreement {generation}")
         self._watch = Watch(layout.stop, latch, self._killed_in_s, self._overdue) if ranks.is_main else None
         self._next_save: float | None = None
@@ -95,6 +99,8 @@ class Attempt:
             self.agreement.wish("stop")
         elif self._next_save is not None and time.monotonic() >= self._next_save:
             self.agreement.wish("save")
+        elif self._background is not None and self._background.has_failed:
+            self.agreement.wish("save")  # there every rank hears of it
         return self.agreement.tick()
 
     @contextmanager
@@ -166,6 +172,7 @@ class Attempt:
             self.recorder.flush(epoch, step)
             self.ledger.append(kind, epoch=epoch, step=step, **facts)
             print(f"hpcckpt: {kind}: {step} steps in {self._layout.root}", flush=True)
+            self._end_background()
             self.store.release()
             # The last: a service that draws curves may take its time.
             self.recorder.close(finished=kind == "finished")
@@ -194,6 +201,7 @@ class Attempt:
             raise SystemExit(LOCAL_REQUEUE_EXIT_CODE if self._task.launcher == "local" and stop.decision.requeue else 0)
         if stop.cause != "requeued":  # else nobody has done what the file asks for
             self._watch.take_back()
+        self._end_background()
         code = self._requeue.go_on(stop.cause, stop.decision, self._saved)
         self._watch.close()
         raise SystemExit(code)
@@ -218,6 +226,7 @@ class Attempt:
                 self.recorder.flush(epoch, step)
                 self.recorder.close(finished=False)
         self.agreement.close(timeout_s=1)
+        self._end_background()  # what was taken before is not lost with this
         self.store.release()
         if self._ranks.world_size == 1:  # nobody to wait for, and a notebook may go on in this process
             self._ranks.close()
@@ -307,6 +316,10 @@ class Attempt:
         self._ranks.barrier()
         self.agreement.close()
         self._ranks.close()
+
+    def _end_background(self) -> None:
+        if self._background is not None:
+            self._background.close()
 
     def _restore_signals(self) -> None:
         if self._owns_latch:

@@ -5,19 +5,17 @@ attempt) is raised on every rank.
 """
 
 import copy
-import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from hpcckpt.background import Files
+from hpcckpt.content import Prepared, conditions_of, prepared
 from hpcckpt.data import STATES, Loops
 from hpcckpt.distributed import Collectives, Ranks, has_varying_buckets
-from hpcckpt.errors import UsageError
+from hpcckpt.errors import FencedError
 from hpcckpt.exactness import Exactness, per_rank
 from hpcckpt.layout import RunLayout
 from hpcckpt.origin import Origin, Restored, SavedPlace, choose, place_in, read, weights_in
@@ -25,12 +23,9 @@ from hpcckpt.policy import Position
 from hpcckpt.state.conditions import differences, doubts
 from hpcckpt.state.marks import Mark, changed_since, marked
 from hpcckpt.state.overridden import given, overridden
-from hpcckpt.state.pickled import write_as_torch
 from hpcckpt.state.portable import portable
 from hpcckpt.state.rng import derive_seed, rng_state, seed_all, set_rng_state
-from hpcckpt.state.tracked import FORMAT_VERSION, Tracked
-from hpcckpt.store.checkpoints import CheckpointStore
-from hpcckpt.store.ledger import Ledger
+from hpcckpt.state.tracked import Tracked
 
 
 def collected(ranks: Collectives, tracked: Tracked, boundary: Mapping[str, Any] | None = None) -> Callable[[], dict[str, Any]]:
@@ -39,88 +34,6 @@ def collected(ranks: Collectives, tracked: Tracked, boundary: Mapping[str, Any] 
         return lambda: tracked.state(boundary)
     state = ranks.together(lambda: tracked.state(boundary, is_main=ranks.is_main))
     return lambda: state
-
-
-def commit(
-    store: CheckpointStore,
-    position: Position,
-    state: dict[str, Any],
-    *,
-    metrics: Mapping[str, float],
-    wrapper: str,
-    generators: list[dict[str, Any]],
-    data_state: dict[str, Any],
-    conditions: list[dict[str, Any]],
-    hyperparameters: Mapping[str, Any] | None = None,
-    name: str | None = None,
-    is_best: bool = False,
-) -> Path:
-    """Write one checkpoint file (docs/reference/format.md) and its manifest; returns its path. Rank 0 alone.
-
-    Args:
-        store: where it goes.
-        position: what it is the state of.
-        state: `Tracked.state`.
-        metrics: of its epoch; each a number, or a tensor of one element.
-        wrapper: `Tracked.wrapper`.
-        generators: `rng_state` of each rank.
-        data_state: the position in each loader.
-        conditions: `state.conditions` of each rank.
-        hyperparameters: `state.overridden.given` of the attempt that began the run.
-        name: of the user's own, as `CheckpointStore.commit` takes it.
-        is_best: recorded in the manifest.
-
-    Raises:
-        CheckpointSaveError, FencedError, UsageError: as `CheckpointStore.commit`.
-    """
-    numbers = plain_metrics(metrics)
-    content: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "epoch": position.epoch,
-        "step": position.step,
-        **state,
-        "metrics": numbers,
-        "world_size": len(generators),
-        "saved_with_wrapper": wrapper,
-        "rng_state": generators,
-        "data_state": {"epoch_finished": position.epoch_finished, **data_state},
-        "conditions": _in_kinds(conditions),
-        "hyperparameters": dict(hyperparameters or {}),
-    }
-    manifest: dict[str, Any] = {
-        "metrics": numbers,
-        "world_size": len(generators),
-        "saved_with_wrapper": wrapper,
-        "versions": {
-            "hpcckpt": metadata.version("hpcckpt"),
-            "torch": str(torch.__version__),
-            "python": platform.python_version(),
-        },
-        **({"is_best": True} if is_best else {}),
-    }
-    return store.commit(
-        position.epoch,
-        position.step,
-        epoch_finished=position.epoch_finished,
-        write=lambda file: write_as_torch(content, file),
-        manifest=manifest,
-        name=name,
-    )
-
-
-def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return metrics as plain floats, which any reader of the file understands.
-
-    Raises:
-        UsageError: one is no number; names it.
-    """
-    numbers = {}
-    for name, value in metrics.items():
-        try:
-            numbers[str(name)] = float(value.detach() if isinstance(value, torch.Tensor) else value)
-        except (TypeError, ValueError, RuntimeError):
-            raise UsageError(f"metrics: {name} is a {type(value).__name__}, not a number; leave it out, or give its mean, say") from None
-    return numbers
 
 
 @dataclass(frozen=True)
@@ -137,6 +50,13 @@ class Boundary:
     lines: int
 
 
+# Position, metrics and places.
+_Place = tuple[Position, dict[str, float], dict[str, Any]]
+# Saves that come again soon.
+_REGULAR = ("every_steps", "every_minutes")
+_NOTHING_TRAINS = ("stop", "left")
+
+
 class Checkpointer:
     """Saves and restores tracked objects. Every rank must create one and call its methods together."""
 
@@ -144,24 +64,23 @@ class Checkpointer:
         self,
         ranks: Ranks,
         layout: RunLayout,
-        store: CheckpointStore,
-        ledger: Ledger,
         tracked: Tracked,
         seed: int,
         here: Callable[[], dict[str, Any]],
+        files: Files,
     ) -> None:
+        """Take what it works on; `here` gives `state.conditions` of this rank."""
         self._ranks = ranks
         self._layout = layout
-        self._store = store
-        self._ledger = ledger
         self._tracked = tracked
         self._seed = seed
-        # Gives `state.conditions` of this rank.
         self._here = here
+        self._store, self._ledger = files.store, files.ledger
+        self._background, self._skips = files.background, files.skips
         self._given: dict[str, Any] = {}
         self._origin: Origin | None = None
-        # Position, metrics and places: of one step's state more may be known later than when it was saved first.
-        self._newest: tuple[Position, dict[str, float], dict[str, Any]] | None = None
+        # Of one step's state more may be known later than when it was saved first. Rank 0's.
+        self._newest: _Place | None = None
         # Steps and generators where the epoch began; those of the restored checkpoint until its epoch does.
         self._begun: tuple[int, dict[str, Any]] | None = None
         self._saved_begun: tuple[int, dict[str, Any]] | None = None
@@ -202,18 +121,32 @@ class Checkpointer:
         reason: str,
         boundary: Boundary | None = None,
         facts: Mapping[str, Any] | None = None,
+        *,
+        at_once: bool = False,
     ) -> None:
-        """Commit a checkpoint of this position; nothing happens where the newest one is of it already, metrics and all.
+        """Save a checkpoint of this position; nothing happens where the newest one is of it already, metrics and all.
 
-        Every rank must call it. `boundary` was taken at the position, if that is not now; `facts` join the data state.
+        Every rank must call it. The state may change behind it; the checkpoint is there when `settle` has returned, or at once where
+        `at_once` says so.
+
+        Args:
+            position: of the state.
+            metrics: of its epoch.
+            loops: where the loaders are.
+            reason: for the ledger; one that comes again and again may be skipped.
+            boundary: taken at the position, if that is not now.
+            facts: join the data state.
+            at_once: whether nothing trains meanwhile.
 
         Raises:
-            CheckpointSaveError, FencedError: on every rank; everything older is intact.
+            CheckpointSaveError, FencedError: of this save or the one before, on every rank; everything older is intact.
         """
+        called = time.monotonic()
+        at_once = at_once or reason in _NOTHING_TRAINS
         data_state = {**loops.data_state(position.epoch), **(facts or {})}
         coming = position, dict(metrics), _where(data_state)
         # Metrics and facts are those of rank 0, which need not be the others'.
-        if self._ranks.broadcast(self._newest == coming):
+        if not self._ranks.from_main(lambda: self._is_wanted(coming, reason)):
             return
         of_ranks = self._ranks.collect(
             lambda: (
@@ -231,17 +164,30 @@ class Checkpointer:
         state = collected(self._ranks, self._tracked, None if boundary is None else boundary.tracked)
         self._ranks.from_main(
             lambda: self._commit(
-                position,
-                state(),
+                prepared(
+                    position,
+                    state(),
+                    wrapper=self._tracked.wrapper(),
+                    metrics=metrics,
+                    data_state=data_state,
+                    generators=[generators for generators, *_ in of_ranks],
+                    conditions=[here for _, here, *_ in of_ranks],
+                    hyperparameters=self._given,
+                ),
+                coming,
                 reason,
-                metrics=metrics,
-                data_state=data_state,
-                generators=[generators for generators, *_ in of_ranks],
-                conditions=[here for _, here, *_ in of_ranks],
-                hyperparameters=self._given,
+                called,
+                at_once=at_once,
             )
         )
-        self._newest = coming
+
+    def settle(self) -> None:
+        """Return when everything that was saved is durable. Every rank must call it.
+
+        Raises:
+            CheckpointSaveError, FencedError: the last save could not be done; on every rank.
+        """
+        self._ranks.from_main(lambda: None if self._background is None else self._background.settle())
 
     def origin(self) -> Origin:
         """Return what this attempt goes on from; decided at the first call, by rank 0, which verifies it.
@@ -271,6 +217,8 @@ class Checkpointer:
         restored: Restored = self._ranks.together(
             lambda: read(path, self._layout, lambda content: self._load(content, path, origin, loops))
         )
+        if self._background is not None:
+            self._background.prepare(path.stat().st_size)
         if restored.exactness is None:
             return restored
         # What differs may do so on one rank only: another kind of GPU, say.
@@ -278,12 +226,51 @@ class Checkpointer:
         differs, doubts = zip(*self._ranks.gather((mine.differs, mine.doubts)), strict=True)
         return replace(restored, exactness=replace(mine, differs=per_rank(differs), doubts=per_rank(doubts)))
 
-    def _commit(self, position: Position, state: dict[str, Any], reason: str, **content: Any) -> None:
+    def _is_wanted(self, coming: _Place, reason: str) -> bool:
+        """Return whether a save is to be done now, behind the one before. Rank 0."""
+        if self._background is not None:
+            if self._skips and reason in _REGULAR and self._background.is_busy:
+                self._ledger.append("save_skipped", step=coming[0].step, reason=reason)
+                return False
+            try:
+                self._background.settle()
+            except FencedError:
+                raise
+            except Exception:
+                if reason != "stop":  # there it was told, and this one may still do
+                    raise
+        return self._newest != coming
+
+    def _commit(self, checkpoint: Prepared, coming: _Place, reason: str, called: float, *, at_once: bool) -> None:
+        """Write a checkpoint, or have it written beside the training, and note it. Rank 0."""
         began = time.monotonic()
-        path = commit(self._store, position, state, wrapper=self._tracked.wrapper(), **content)
-        self._ledger.append(
-            "saved", file=path.name, epoch=position.epoch, step=position.step, reason=reason, save_s=round(time.monotonic() - began, 4)
-        )
+        write = None if at_once or self._background is None else self._background.stage(checkpoint.content)
+        self._newest = coming
+        if write is None or self._background is None:
+            try:
+                self._noted(checkpoint.commit(self._store), checkpoint.position, reason, began)
+            except BaseException:
+                self._newest = None
+                raise
+        else:
+            position, facts = checkpoint.position, {"stall_s": round(time.monotonic() - called, 4)}
+            # Not what it was copied from: that changes, and may be a copy for this alone.
+            staged = replace(checkpoint, content={})
+
+            def save() -> None:
+                try:
+                    self._noted(staged.commit(self._store, write), position, reason, began, **facts)
+                except Exception as error:
+                    self._newest = None
+                    self._ledger.append("save_failed", step=position.step, error=f"{type(error).__name__}: {error}")
+                    print(f"hpcckpt: {error}", flush=True)
+                    raise
+
+            self._background.start(save)
+
+    def _noted(self, path: Path, position: Position, reason: str, began: float, **facts: float) -> None:
+        took_s = round(time.monotonic() - began, 4)
+        self._ledger.append("saved", file=path.name, epoch=position.epoch, step=position.step, reason=reason, save_s=took_s, **facts)
 
     def _load(self, content: Any, path: Path, origin: Origin, loops: Loops) -> Restored:
         if origin.weights_only:
@@ -318,7 +305,7 @@ class Checkpointer:
     def _exactness(self, content: dict[str, Any], place: SavedPlace, loops: Loops, notes: list[str]) -> Exactness:
         """Return what this rank finds; see `Exactness`."""
         ranks, now = len(content["rng_state"]), self._here()
-        differs = differences(_of_rank(content.get("conditions"), self._ranks.rank if ranks == self._ranks.world_size else 0), now)
+        differs = differences(conditions_of(content.get("conditions"), self._ranks.rank if ranks == self._ranks.world_size else 0), now)
         if ranks != self._ranks.world_size:
             seen = "every sample is seen once all the same, but generators are seeded anew"
             differs.insert(0, f"saved by {ranks} ranks, restored on {self._ranks.world_size}: {seen}")
@@ -365,21 +352,3 @@ def _where(data_state: Mapping[str, Any]) -> dict[str, Any]:
     """Return what of a data state tells two checkpoints of one step apart, without the streams' own states."""
     loaders = {number: {key: value for key, value in loader.items() if key != STATES} for number, loader in data_state["loaders"].items()}
     return {"loaders": loaders, **{key: data_state.get(key) for key in ("last_loader", "lines", "reasons")}}
-
-
-def _in_kinds(conditions: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the conditions of all ranks, each different kind of them once."""
-    kinds: list[dict[str, Any]] = []
-    for here in conditions:
-        if here not in kinds:
-            kinds.append(here)
-    return {"kinds": kinds, "of_rank": [kinds.index(here) for here in conditions]}
-
-
-def _of_rank(saved: Any, rank: int) -> Mapping[str, Any] | None:
-    """Return the conditions of one rank; None where a file has none, or nothing that can be read."""
-    try:
-        here = saved["kinds"][saved["of_rank"][rank]]
-    except (TypeError, KeyError, IndexError):
-        return None
-    return here if isinstance(here, dict) else None

@@ -26,13 +26,17 @@ def check_lead_time(events: Iterable[Mapping[str, Any]], *, lead_time_s: int, ti
     """
     known = list(events)
     # Of late: a run may have grown, or moved to another disk.
-    saves_s = [float(event["save_s"]) for event in known if event.get("event") == "saved" and "save_s" in event][-5:]
+    saves = [event for event in known if event.get("event") == "saved" and "save_s" in event][-5:]
+    saves_s = [float(event["save_s"]) for event in saves]
+    # Beside the training: one may be on its way when the warning comes, and the last one comes behind it.
+    pending_s = max((float(event["save_s"]) for event in saves if "stall_s" in event), default=0.0)
     waits_s = [float(event["waited_s"]) for event in known if event.get("event") == "stop" and event.get("waited_s") is not None][-5:]
     if not saves_s:
         return LeadTime()
     save_s, wait_s = max(saves_s), max(waits_s, default=0.0)
-    needed_s = save_s + wait_s + RESERVE_S
-    measured = f"a save took up to {save_s:.1f} s, and coming to the stop {wait_s:.1f} s"
+    needed_s = pending_s + save_s + wait_s + RESERVE_S
+    before = f" (the one before that is still on its way, {pending_s:.1f} s)" if pending_s else ""
+    measured = f"a save took up to {save_s:.1f} s{before}, and coming to the stop {wait_s:.1f} s"
     better = f"set requeue.lead_time_s={math.ceil(2 * needed_s)}"
     if lead_time_s < needed_s:
         return LeadTime(refusal=f"requeue.lead_time_s: {lead_time_s} s are too short: {measured}; {better}")

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from hpcckpt.checkpoint import collected, commit, plain_metrics
+from hpcckpt.checkpoint import collected
+from hpcckpt.content import plain_metrics, prepared
 from hpcckpt.distributed import Collectives
 from hpcckpt.environment import TaskEnvironment
 from hpcckpt.errors import CheckpointCorruptError, CheckpointMismatchError, CheckpointNotFoundError, TaskEnvironmentError, UsageError
@@ -165,8 +166,7 @@ class DDPCheckpointManager:
             self._claimed = True
         if filename is None:
             self._supersede(position.epoch)
-        path = commit(
-            self._store,
+        checkpoint = prepared(
             position,
             state,
             metrics=numbers,
@@ -177,6 +177,7 @@ class DDPCheckpointManager:
             name=filename,
             is_best=is_best,
         )
+        path = checkpoint.commit(self._store)
         _log.info("%s: saved epoch %d", path, position.epoch)
         return path
 

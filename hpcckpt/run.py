@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 from hpcckpt import config as configuration
 from hpcckpt import policy
 from hpcckpt.attempt import Attempt, Launched
-from hpcckpt.checkpoint import Boundary, Checkpointer, plain_metrics
+from hpcckpt.checkpoint import Boundary, Checkpointer
 from hpcckpt.config import RunConfig
+from hpcckpt.content import plain_metrics
 from hpcckpt.data import Loop, Loops, Place, Share, make_loader
 from hpcckpt.distributed import Ranks, choose_device, fix_bucket_order
 from hpcckpt.environment import TaskEnvironment
@@ -75,7 +76,7 @@ class Run:
         self._recorder, self.restart_count = self._attempt.recorder, self._attempt.restart_count
         self._tracked = Tracked()
         here = partial(conditions, self.device, config.seed, task.num_nodes)
-        self._checkpointer = Checkpointer(self._ranks, layout, self._attempt.store, self._attempt.ledger, self._tracked, config.seed, here)
+        self._checkpointer = Checkpointer(self._ranks, layout, self._tracked, config.seed, here, self._attempt.files)
         self._loops = Loops(self._ranks)
         self._restored: Restored | None = None
         self._epoch = self._step = 0
@@ -295,10 +296,7 @@ class Run:
             self._recorder.flush(self._epoch, self._step)
 
     def close(self) -> None:
-        """Leave the other ranks in order; harmless when called twice. Every rank must call it.
-
-        Within the loop over epochs it is the end of the run, as `break` is; while an exception is on its way, that exception's.
-        """
+        """Leave the other ranks in order; within the loop over epochs as `break` does, or an exception. Every rank must call it."""
         if self._attempt.is_over:
             return
         error = sys.exception()
@@ -308,6 +306,7 @@ class Run:
         try:
             if is_early := self._restored is not None and not self._finished:
                 self._leave_early()
+            self._checkpointer.settle()
         except BaseException as failure:
             self._attempt.fail(failure, self._epoch, self._step)
             raise
@@ -343,7 +342,7 @@ class Run:
         self._attempt.note(self._loops.end_epoch())
         position = Position(self._epoch, self._step, epoch_finished=True)
         if policy.is_epoch_due(self._epoch, self._config.checkpoint.every_epochs, is_last=is_last):
-            self._save("every_epochs", position)
+            self._save("every_epochs", position, at_once=is_last)
         if not is_last:
             self._act(position)
         self._epoch += 1
@@ -387,14 +386,14 @@ class Run:
             self._save("left")
         self._attempt.note(f"the training function has left its loop in epoch {self._epoch}, behind step {self._step}: {how}")
 
-    def _save(self, reason: str, position: Position | None = None) -> None:
+    def _save(self, reason: str, position: Position | None = None, *, at_once: bool = False) -> None:
         if self._recorder is not None:
             self._recorder.flush(self._epoch, self._step, durable=True)
         lines = self._attempt.lines(self._epoch, self._step) if self._boundary is None else self._boundary.lines
         facts = {"lines": 0 if position else lines, "reasons": self._loops.reasons(self._tracked.has_gradients)}
         here = position or Position(self._epoch, self._step, epoch_finished=False)
         with self._attempt.saving(reason, self._step):
-            self._checkpointer.save(here, self._metrics, self._loops, reason, self._boundary, facts)
+            self._checkpointer.save(here, self._metrics, self._loops, reason, self._boundary, facts, at_once=at_once)
 
     def _mark(self) -> Boundary:
         return self._checkpointer.boundary(self._attempt.lines(self._epoch, self._step))

@@ -157,6 +157,15 @@ def obey_parent_only() -> None:
     threading.Thread(target=wait, name="hpcckpt-sigterm", daemon=True).start()
 
 
+def ignore_all() -> None:
+    """Let every signal pass this process that is sent from outside and would end it, but SIGKILL."""
+    names = ("HUP", "INT", "QUIT", "TERM", "USR1", "USR2", "ALRM", "VTALRM", "PROF", "IO", "PWR", "XCPU")
+    numbers = {signal.Signals[f"SIG{name}"] for name in names}
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+
 def ignore_termination() -> None:
     """Let SIGTERM pass this process and, until they decide otherwise, those it starts."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

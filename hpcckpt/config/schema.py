@@ -52,6 +52,8 @@ class CheckpointConfig:
     keep_every_epochs: int | None = None
     monitor: str | None = None
     mode: str = "min"
+    async_save: bool = True
+    when_busy: str = "wait"
     locking: str = "flock"
 
 

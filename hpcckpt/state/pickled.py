@@ -8,6 +8,7 @@ import ctypes
 import functools
 import gc
 import io
+import mmap
 import pickle
 import sys
 import zlib
@@ -39,6 +40,8 @@ _CLASSES: Final = {
 _PROTOCOL = 2
 _REBUILD = torch._utils._rebuild_tensor_v2  # noqa: SLF001 - its name is in every file
 _EMPTY = (OrderedDict, ())
+# Below, asking torch takes longer than the copy.
+_SMALL_BYTES: Final = 256 * 1024
 
 
 class _Uncommon(Exception):  # noqa: N818 - never leaves this module
@@ -111,15 +114,50 @@ class Pickled:
 
     def __iter__(self) -> Iterator[Record]:
         """Yield the entries of the zip file, one by one: of a hundred thousand at once the garbage collector makes a second's work."""
-        yield Record.of("archive/data.pkl", self.words)
-        yield Record.of("archive/.format_version", b"1")
-        yield Record.of("archive/.storage_alignment", b"64")
-        yield Record.of("archive/byteorder", sys.byteorder.encode())
+        yield from self._head()
         for key, storage in enumerate(self.storages):
             yield Record(f"archive/data/{key}", storage.nbytes(), functools.partial(_bytes, storage))
-        yield Record.of("archive/version", b"3\n")
+        yield from self._tail()
+
+    def entries(self) -> list[tuple[str, int]]:
+        """Return name and size in bytes of each entry."""
+        data = [(f"archive/data/{key}", storage.nbytes()) for key, storage in enumerate(self.storages)]
+        head, tail = ([(record.name, record.size_bytes) for record in some] for some in (self._head(), self._tail()))
+        return head + data + tail
+
+    def put(self, memory: mmap.mmap, starts: Sequence[int]) -> None:
+        """Copy the data of each entry to its place in memory; behind that, what they were copied from may change."""
+        fixed = [*self._head(), *self._tail()]
+        first = len(fixed) - 2
+        for record, start in zip(fixed, (*starts[:first], *starts[-2:]), strict=True):
+            memory[start : start + record.size_bytes] = record.load()
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
+        base = whole.data_ptr()
+        is_waited_for = False
+        for storage, start in zip(self.storages, starts[first:-2], strict=True):
+            size = storage.nbytes()
+            if storage.device.type != "cpu":
+                whole[start : start + size].copy_(_flat(storage), non_blocking=True)
+                is_waited_for = True
+            elif size < _SMALL_BYTES:
+                ctypes.memmove(base + start, storage.data_ptr(), size)
+            else:
+                whole[start : start + size].copy_(_flat(storage))  # by several threads
+        if is_waited_for:
+            torch.cuda.synchronize()
+
+    def _head(self) -> tuple[Record, ...]:
+        return (
+            Record.of("archive/data.pkl", self.words),
+            Record.of("archive/.format_version", b"1"),
+            Record.of("archive/.storage_alignment", b"64"),
+            Record.of("archive/byteorder", sys.byteorder.encode()),
+        )
+
+    def _tail(self) -> tuple[Record, ...]:
         # torch's own tells files apart in its logs.
-        yield Record.of("archive/.data/serialization_id", f"{zlib.crc32(self.words):020}{len(self.words):020}".encode())
+        told = f"{zlib.crc32(self.words):020}{len(self.words):020}".encode()
+        return Record.of("archive/version", b"3\n"), Record.of("archive/.data/serialization_id", told)
 
 
 def pickled(content: Any) -> Pickled | None:
@@ -152,6 +190,10 @@ def write_as_torch(content: Any, file: IO[bytes]) -> None:
     else:
         for piece in archived(found):
             file.write(piece)
+
+
+def _flat(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def _bytes(storage: torch.UntypedStorage) -> memoryview:

@@ -4,6 +4,7 @@ A file that is in memory only (memfd_create(2)). Its pages are there before it i
 them, and ones that are not to be had end the process where they are touched.
 """
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -34,7 +35,7 @@ class Image:
 
     @property
     def memory(self) -> mmap.mmap:
-        """All of it. Views of it must be gone before it grows."""
+        """All of it as it is now: when it grows, that is another object over the same memory."""
         if self._memory is None:
             raise ValueError("this image has no memory yet; reserve some")
         return self._memory
@@ -48,7 +49,6 @@ class Image:
 
         Raises:
             OSError: there is not so much memory (ENOMEM); the image is as it was.
-            BufferError: there are views of the memory.
         """
         if size_bytes <= self.size_bytes:
             return
@@ -58,9 +58,8 @@ class Image:
             raise OSError(errno.ENOMEM, f"{wanted} bytes of memory are wanted, and {available} can be had")
         os.posix_fallocate(self._descriptor, self.size_bytes, wanted)
         memory = mmap.mmap(self._descriptor, size)
-        before, self._memory, self.size_bytes = self._memory, memory, size
-        if before is not None:
-            before.close()
+        self._unmap()
+        self._memory, self.size_bytes = memory, size
 
     def warm(self) -> None:
         """Have this process's page tables filled, which the first copy would have to do; other threads run meanwhile."""
@@ -68,14 +67,14 @@ class Image:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(self.size_bytes), _MADV_POPULATE_WRITE)
 
     def close(self) -> None:
-        """Let go of it; harmless when called twice.
-
-        Raises:
-            BufferError: there are views of the memory.
-        """
-        if self._memory is not None:
-            self._memory.close()
-            self._memory = None
+        """Let go of it; harmless when called twice."""
+        self._unmap()
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+    def _unmap(self) -> None:
+        if self._memory is not None:
+            with contextlib.suppress(BufferError):  # a view of it, in an error's traceback say: it goes with that
+                self._memory.close()
+            self._memory = None

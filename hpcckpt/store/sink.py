@@ -3,29 +3,27 @@
 A small one is one buffer and one write. A large one is written by a thread, past the page cache (O_DIRECT: what goes through
 the cache is slowed down and delayed as the kernel likes, and pushes the training data out of it), while the next buffer is
 filled. Where the file system does not take O_DIRECT, which the first write of each process finds out, the cache is
-emptied right behind the writing.
+emptied right behind the writing. Or all of it is written by somebody else, from memory that is a whole file already.
 """
 
 import contextlib
 import errno
-import fcntl
 import io
 import mmap
 import os
 import queue
 import threading
+from collections.abc import Callable
 from typing import Any, Final
 
 from hpcckpt.store.digest import BLOCK_BYTES, Blocks
+from hpcckpt.store.direct import Way, write_all
 
 _BUFFER_BYTES: Final = BLOCK_BYTES
 # One is filled, one is written, and one evens out the two.
 _BUFFERS = 3
 # Copied and hashed at a time, while it is in the CPU's cache.
 _PIECE_BYTES = 1024 * 1024
-# Devices whose file system has refused O_DIRECT.
-_BUFFERED_DEVICES: set[int] = set()
-_NOT_DIRECT = frozenset({errno.EINVAL, errno.EOPNOTSUPP})
 # Fresh memory costs more than the copy into it, so buffers are kept.
 _SPARE: list[mmap.mmap] = []
 
@@ -51,6 +49,8 @@ class Sink(io.RawIOBase):
         self._filled_bytes = 0
         self._writer: _Writer | None = None
         self.size_bytes = 0
+        # The digest, where somebody else has written the file.
+        self._entrusted: str | None = None
         self.failure: OSError | None = None
 
     def writable(self) -> bool:
@@ -80,6 +80,21 @@ class Sink(io.RawIOBase):
         self.size_bytes += size
         return size
 
+    def entrust(self, write: Callable[[int], tuple[int, str]]) -> None:
+        """Have all of the file written by `write`, which is given the descriptor, leaves it durable, and returns (size in bytes, digest).
+
+        Raises:
+            OSError: from it.
+        """
+        if self.failure is not None:
+            raise self.failure
+        try:
+            self.size_bytes, self._entrusted = write(self._descriptor)
+            self._refuse_another_size()
+        except OSError as error:
+            self.failure = error
+            raise
+
     def finish(self) -> None:
         """Have everything written and durable.
 
@@ -88,6 +103,8 @@ class Sink(io.RawIOBase):
         """
         if self.failure is not None:
             raise self.failure
+        if self._entrusted is not None:
+            return
         try:
             if self._writer is not None:
                 self._hand_over()
@@ -96,7 +113,7 @@ class Sink(io.RawIOBase):
                 writer.raise_failure()
             else:
                 with memoryview(self._current()) as buffer:
-                    _write_all(self._descriptor, buffer[: self._filled_bytes], self.size_bytes - self._filled_bytes)
+                    write_all(self._descriptor, buffer[: self._filled_bytes], self.size_bytes - self._filled_bytes)
             os.fsync(self._descriptor)
             self._refuse_another_size()
         except OSError as error:
@@ -125,7 +142,7 @@ class Sink(io.RawIOBase):
     @property
     def digest(self) -> str:
         """The digest so far, with its algorithm."""
-        return self._digest.text()
+        return self._digest.text() if self._entrusted is None else self._entrusted
 
     def _refuse_another_size(self) -> None:
         there = os.fstat(self._descriptor).st_size
@@ -157,7 +174,7 @@ class _Writer:
         self._filled: queue.SimpleQueue[tuple[mmap.mmap, int] | None] = queue.SimpleQueue()
         self._empty: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
         self._failure: BaseException | None = None
-        self._way = _Way(descriptor)
+        self._way = Way(descriptor)
         for _ in range(_BUFFERS - 1):
             self._empty.put(_take_buffer())
         self._thread = threading.Thread(target=self._run, name="hpcckpt-writer", daemon=True)
@@ -204,51 +221,6 @@ class _Writer:
                     self._failure = error
             offset += filled_bytes
             self._empty.put(buffer)
-
-
-class _Way:
-    """How buffers get into a file: past the page cache, or through it."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._device = os.fstat(descriptor).st_dev
-        self._is_direct = self._device not in _BUFFERED_DEVICES and self._set_direct(on=True)
-
-    def write(self, view: memoryview, offset: int) -> None:
-        whole = len(view) // mmap.PAGESIZE * mmap.PAGESIZE
-        if self._is_direct:
-            try:
-                _write_all(self._descriptor, view[:whole], offset)
-            except OSError as error:
-                if error.errno not in _NOT_DIRECT:
-                    raise
-                if offset == 0:
-                    _BUFFERED_DEVICES.add(self._device)
-                whole = 0
-            if whole == len(view):
-                return
-            # The end of the file is no whole page.
-            self._is_direct = not self._set_direct(on=False)
-            offset, view = offset + whole, view[whole:]
-        _write_all(self._descriptor, view, offset)
-        # Begins to write out what is new, and drops what has been written out.
-        os.posix_fadvise(self._descriptor, 0, offset + len(view), os.POSIX_FADV_DONTNEED)
-
-    def _set_direct(self, *, on: bool) -> bool:
-        """Return whether it could be set."""
-        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
-        try:
-            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
-        except OSError:
-            _BUFFERED_DEVICES.add(self._device)
-            return False
-        return True
-
-
-def _write_all(descriptor: int, view: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(view):
-        done += os.pwrite(descriptor, view[done:], offset + done)
 
 
 def _give_back(buffer: mmap.mmap) -> None:

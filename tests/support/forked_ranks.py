@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import uuid
@@ -106,6 +107,9 @@ def rank(_line, argv, log, environ):
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
+    for thread in threading.enumerate():  # any exit would wait for them
+        if not thread.daemon and thread is not threading.main_thread():
+            thread.join()
     multiprocessing.util._exit_function()  # ends workers of loaders that are still alive, as any exit would
     os._exit(code)
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from hpcckpt import save_dataparallel_checkpoint
+from hpcckpt.background import Files
 from hpcckpt.checkpoint import Checkpointer
 from hpcckpt.config import ResumeConfig
 from hpcckpt.data import Loops, Share, make_loader
@@ -34,7 +35,7 @@ class Attempt:
         self.store = CheckpointStore(layout, Retention())
         self.store.claim(None)
         self.ledger = Ledger(layout.events)
-        self.checkpointer = Checkpointer(Collectives(0, 1, None), layout, self.store, self.ledger, tracked, 0, dict)
+        self.checkpointer = Checkpointer(Collectives(0, 1, None), layout, tracked, 0, dict, Files(self.store, self.ledger))
 
     @property
     def model(self):

@@ -494,6 +494,10 @@ SAVED, WAITED = {"event": "saved", "save_s": 20.0}, {"event": "stop", "waited_s"
         pytest.param([SAVED, WAITED], 29, 600, "requeue.lead_time_s=60", "", id="too short"),
         pytest.param([SAVED, WAITED], 30, 600, "", "requeue.lead_time_s=60", id="tight"),
         pytest.param([SAVED, WAITED], 45, 600, "", "", id="enough"),
+        pytest.param(
+            [SAVED | {"stall_s": 0.1}, WAITED], 49, 600, "requeue.lead_time_s=100", "", id="too short for one that is on its way, too"
+        ),
+        pytest.param([SAVED | {"stall_s": 0.1}, WAITED], 50, 600, "", "the one before that is still on its way", id="tight for it"),
         pytest.param([SAVED, {"event": "stop", "waited_s": None}], 25, 600, "", "requeue.lead_time_s=50", id="no wait known"),
         pytest.param([SAVED, *[{"event": "saved", "save_s": 1.0}] * 5], 10, 600, "", "", id="faster of late"),
         pytest.param([SAVED], 120, 5, "", "may leave 120 s to train in", id="a short job"),

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hpcckpt.store import sink
+from hpcckpt.store import direct, sink
 from hpcckpt.store.digest import Blocks
 from hpcckpt.store.sink import Sink
 from support.digests import digest_of
@@ -28,7 +28,13 @@ def small_buffers(monkeypatch):
     monkeypatch.setattr(sink, "_BUFFER_BYTES", BUFFER)
     monkeypatch.setattr(sink, "_PIECE_BYTES", 1000)
     monkeypatch.setattr(sink, "_SPARE", [])
-    monkeypatch.setattr(sink, "_BUFFERED_DEVICES", set())
+    monkeypatch.setattr(direct, "_BUFFERED_DEVICES", set())
+
+
+def replace_writing(monkeypatch, write):
+    """Have a small file (sink) and a large one (direct) written by something else."""
+    for module in (sink, direct):
+        monkeypatch.setattr(module, "write_all", write)
 
 
 @pytest.fixture(params=FOLDERS)
@@ -123,7 +129,7 @@ def test_whatever_a_writer_dies_of_is_raised(tmp_path, monkeypatch, error, buffe
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(sink, "_write_all", fail)
+    replace_writing(monkeypatch, fail)
     with Sink(opened(tmp_path / "a")) as file, pytest.raises(type(error)):
         fill(file, buffers)
     assert not writers()
@@ -137,7 +143,7 @@ def fill(file, buffers):
 
 
 def test_bytes_that_did_not_arrive_are_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(sink, "_write_all", lambda *_: None)
+    replace_writing(monkeypatch, lambda *_: None)
     with Sink(opened(tmp_path / "a")) as file, pytest.raises(OSError, match="0 bytes are there of 24577"):
         fill(file, 3)
 

@@ -20,10 +20,10 @@ FLOORS = {
     "launch": 6, "task": 6,
     "run": 5,
     "attempt": 4, "checkpoint": 4, "manager": 4, "weights": 4,
-    "curves": 3, "exactness": 3, "origin": 3, "reading": 3, "recorder": 3, "requeue": 3,
+    "background": 3, "content": 3, "curves": 3, "exactness": 3, "origin": 3, "reading": 3, "recorder": 3, "requeue": 3,
     "watch": 3,
     "state": 2, "store": 2, "data": 2, "progress": 2,
-    "archive": 1, "distributed": 1, "signals": 1, "scheduler": 1,
+    "archive": 1, "companion": 1, "distributed": 1, "signals": 1, "scheduler": 1,
     "errors": 0, "layout": 0, "config": 0, "environment": 0, "policy": 0,
     "lead_time": 0,
 }  # fmt: skip
@@ -46,7 +46,8 @@ SIDEWAYS = {
     ("data.order", "state.rng"): "what a sampler draws leaves no trace",
     ("data.samples", "state.rng"): "draws for a sample are seeded, and leave no trace",
     ("data.stream", "state.rng"): "derive_seed, as above",
-    ("manager", "checkpoint"): "the same files, the same commit",
+    ("companion", "signals"): "what it may be sent while it starts, and passes it later",
+    ("manager", "checkpoint"): "the state of all ranks is gathered in one way",
     ("origin", "reading"): "the one place where a file becomes content",
     ("origin", "exactness"): "what is said of a restart goes with what was restored",
     ("recorder", "curves"): "what metrics.jsonl is the truth of",
@@ -55,7 +56,7 @@ SIDEWAYS = {
 OWNERS = {
     "torch.distributed": ("distributed",),
     "signal": ("signals",),
-    "subprocess": ("scheduler",),
+    "subprocess": ("scheduler", "companion"),
     "multiprocessing": (),
     "submitit": ("launch", "task"),
 }
