@@ -66,7 +66,10 @@ class Attempt:
         self.recorder = Recorder(layout, config.name) if ranks.is_main else None
         beside = ranks.is_main and config.checkpoint.async_save
         self._background = Background((config.requeue.signal, "TERM"), self.note) if beside else None
-        self.files = Files(self.store, self.ledger, self._background, skips=config.checkpoint.when_busy == "skip")
+        settings = config.checkpoint
+        self.files = Files(
+            self.store, self.ledger, self._background, skips=settings.when_busy == "skip", is_lazy=settings.staging == "lazy"
+        )
         self.agreement = Agreement(ranks.store, task.rank, task.world_size, name=f"agreement {generation}")
         self._watch = Watch(layout.stop, latch, self._killed_in_s, self._overdue) if ranks.is_main else None
         self._next_save: float | None = None

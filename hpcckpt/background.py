@@ -8,12 +8,13 @@ The state may change as soon as `stage` has returned. One save at a time is on i
 import ctypes
 import io
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, cast
 
 import torch
 
+from hpcckpt.state.later import LaterCopy, TornError
 from hpcckpt.state.pickled import pickled
 from hpcckpt.store.checkpoints import CheckpointStore
 from hpcckpt.store.image import Image
@@ -32,6 +33,8 @@ class Files:
     background: "Background | None" = None
     # Whether a save that comes again soon is left out while another one is on its way.
     skips: bool = False
+    # Whether what changes in an optimizer's step only is copied beside forward and backward passes.
+    is_lazy: bool = False
 
 
 class Background:
@@ -46,6 +49,10 @@ class Background:
         self._warming: threading.Thread | None = None
         self._saving: threading.Thread | None = None
         self._failure: BaseException | None = None
+        # Of what is left to be copied; the training's thread.
+        self._copy: LaterCopy | None = None
+        # Whether something else than a step has changed what was left to be copied.
+        self.is_torn = False
         # Read on every step: a plain attribute, no call.
         self.has_failed = False
 
@@ -67,10 +74,11 @@ class Background:
         self._warming = threading.Thread(target=warm, name="hpcckpt-warming", daemon=True)
         self._warming.start()
 
-    def stage(self, content: Any) -> Callable[[IO[bytes]], None] | None:
+    def stage(self, content: Any, later: Mapping[int, torch.Tensor] | None = None) -> Callable[[IO[bytes]], None] | None:
         """Copy what torch.save would write of `content`; returns what writes that into a file, None where there is no memory for it.
 
-        The save before has to be settled.
+        The save before has to be settled. What is in `later` (see `state.later`) is copied in what is returned; `before_step` waits for
+        that.
 
         Raises:
             RuntimeError, TypeError, pickle.PicklingError: as torch.save, of what it cannot save.
@@ -83,27 +91,46 @@ class Background:
             else:
                 laid, starts = Laid.out(found.entries(), self._reserved)
                 self._pin()
-                found.put(self._reserved(0).memory, starts)
+                memory = self._reserved(0).memory
+                left_out = found.put(memory, starts, later or ())
+                if left_out:
+                    self._copy = LaterCopy(left_out, ctypes.addressof(ctypes.c_char.from_buffer(memory)), later or {})
         except OSError as error:
             self._note(f"checkpoint.async_save: saved while the training waits, since there is no memory for a copy of the state ({error})")
             self._let_go()
             return None
-        image, writer = self._reserved(0), self._writer
+        image, writer, copy = self._reserved(0), self._writer, self._copy
 
         def write(file: IO[bytes]) -> None:
+            if copy is not None:
+                copy.copy()
             cast(Sink, file).entrust(lambda descriptor: writer.write(image, laid, descriptor))
+            if copy is not None:
+                copy.wait()
 
         return write
 
+    def before_step(self) -> None:
+        """Wait until nothing has to be copied any more of what a step changes."""
+        if self._copy is not None:
+            copy, self._copy = self._copy, None
+            copy.confirm()
+
     def start(self, save: Callable[[], object]) -> None:
         """Have `save` done beside the training. The end of the process waits for it."""
+        copy = self._copy
 
         def run() -> None:
             try:
                 save()
+            except TornError:
+                self.is_torn = self.has_failed = True
             except BaseException as error:  # noqa: BLE001 - raised where somebody waits for it
                 self._failure = error
                 self.has_failed = True
+            finally:
+                if copy is not None:
+                    copy.give_up()
 
         self._saving = threading.Thread(target=run, name="hpcckpt-save")
         try:
@@ -118,6 +145,7 @@ class Background:
         Raises:
             CheckpointSaveError, FencedError: the save that was could not be done. It is raised once.
         """
+        self.before_step()
         if self._saving is not None:
             self._saving.join()
             self._saving = None
@@ -127,6 +155,7 @@ class Background:
 
     def close(self) -> None:
         """Wait for what is on its way, whatever becomes of it, and let go of process and memory; harmless when called twice."""
+        self.before_step()
         if self._saving is not None:
             self._saving.join()
         self._settle_memory()

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hpcckpt.background import Files
 from hpcckpt.content import Prepared, conditions_of, prepared
 from hpcckpt.data import STATES, Loops
@@ -21,6 +23,7 @@ from hpcckpt.layout import RunLayout
 from hpcckpt.origin import Origin, Restored, SavedPlace, choose, place_in, read, weights_in
 from hpcckpt.policy import Position
 from hpcckpt.state.conditions import differences, doubts
+from hpcckpt.state.later import changed_by_steps, hold_steps
 from hpcckpt.state.marks import Mark, changed_since, marked
 from hpcckpt.state.overridden import given, overridden
 from hpcckpt.state.portable import portable
@@ -55,6 +58,10 @@ _Place = tuple[Position, dict[str, float], dict[str, Any]]
 # Saves that come again soon.
 _REGULAR = ("every_steps", "every_minutes")
 _NOTHING_TRAINS = ("stop", "left")
+_TORN = (
+    "checkpoint.staging=lazy: something else than an optimizer's step has changed parameters while they were copied; "
+    "that save was given up, and from here on the training waits for the copy"
+)
 
 
 class Checkpointer:
@@ -76,7 +83,8 @@ class Checkpointer:
         self._seed = seed
         self._here = here
         self._store, self._ledger = files.store, files.ledger
-        self._background, self._skips = files.background, files.skips
+        self._background, self._skips, self._is_lazy = files.background, files.skips, files.is_lazy
+        self._holds_steps = False
         self._given: dict[str, Any] = {}
         self._origin: Origin | None = None
         # Of one step's state more may be known later than when it was saved first. Rank 0's.
@@ -146,7 +154,7 @@ class Checkpointer:
         data_state = {**loops.data_state(position.epoch), **(facts or {})}
         coming = position, dict(metrics), _where(data_state)
         # Metrics and facts are those of rank 0, which need not be the others'.
-        if not self._ranks.from_main(lambda: self._is_wanted(coming, reason)):
+        if not self._ranks.from_main(lambda: self._is_wanted(coming, reason, at_once=at_once)):
             return
         of_ranks = self._ranks.collect(
             lambda: (
@@ -226,7 +234,7 @@ class Checkpointer:
         differs, doubts = zip(*self._ranks.gather((mine.differs, mine.doubts)), strict=True)
         return replace(restored, exactness=replace(mine, differs=per_rank(differs), doubts=per_rank(doubts)))
 
-    def _is_wanted(self, coming: _Place, reason: str) -> bool:
+    def _is_wanted(self, coming: _Place, reason: str, *, at_once: bool) -> bool:
         """Return whether a save is to be done now, behind the one before. Rank 0."""
         if self._background is not None:
             if self._skips and reason in _REGULAR and self._background.is_busy:
@@ -237,14 +245,14 @@ class Checkpointer:
             except FencedError:
                 raise
             except Exception:
-                if reason != "stop":  # there it was told, and this one may still do
+                if not at_once:  # else it was told, and this one, the last, may still do
                     raise
         return self._newest != coming
 
     def _commit(self, checkpoint: Prepared, coming: _Place, reason: str, called: float, *, at_once: bool) -> None:
         """Write a checkpoint, or have it written beside the training, and note it. Rank 0."""
         began = time.monotonic()
-        write = None if at_once or self._background is None else self._background.stage(checkpoint.content)
+        write = None if at_once or self._background is None else self._background.stage(checkpoint.content, self._left_for_later())
         self._newest = coming
         if write is None or self._background is None:
             try:
@@ -267,6 +275,21 @@ class Checkpointer:
                     raise
 
             self._background.start(save)
+
+    def _left_for_later(self) -> dict[int, torch.Tensor]:
+        """Return what may be copied beside the next passes; see `changed_by_steps`."""
+        if not self._is_lazy or self._background is None:
+            return {}
+        if self._background.is_torn:
+            self._is_lazy = False
+            self._ledger.append("note", text=_TORN)
+            print(f"hpcckpt: note: {_TORN}", flush=True)
+            return {}
+        optimizers = [value for value in self._tracked.objects().values() if isinstance(value, torch.optim.Optimizer)]
+        if not self._holds_steps:
+            self._holds_steps = True
+            hold_steps(optimizers, self._background.before_step)
+        return changed_by_steps(optimizers)
 
     def _noted(self, path: Path, position: Position, reason: str, began: float, **facts: float) -> None:
         took_s = round(time.monotonic() - began, 4)

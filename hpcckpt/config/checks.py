@@ -46,6 +46,7 @@ def problems(config: RunConfig) -> Iterator[str]:
         yield f"run_dir: {config.run_dir!r} must be a path without % (Slurm replaces % in the names of log files)"
     yield from _choice("cluster", config.cluster, ("auto", "slurm", "local"))
     yield from _choice("checkpoint.mode", checkpoint.mode, ("min", "max"))
+    yield from _choice("checkpoint.staging", checkpoint.staging, ("eager", "lazy"))
     yield from _choice("checkpoint.when_busy", checkpoint.when_busy, ("wait", "skip"))
     yield from _choice("checkpoint.locking", checkpoint.locking, ("flock", "off"))
     yield from _choice("requeue.signal", requeue.signal, ("USR1", "USR2"))

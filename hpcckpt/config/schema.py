@@ -53,6 +53,7 @@ class CheckpointConfig:
     monitor: str | None = None
     mode: str = "min"
     async_save: bool = True
+    staging: str = "eager"
     when_busy: str = "wait"
     locking: str = "flock"
 

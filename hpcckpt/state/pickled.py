@@ -13,7 +13,7 @@ import pickle
 import sys
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any, Final
@@ -125,8 +125,12 @@ class Pickled:
         head, tail = ([(record.name, record.size_bytes) for record in some] for some in (self._head(), self._tail()))
         return head + data + tail
 
-    def put(self, memory: mmap.mmap, starts: Sequence[int]) -> None:
-        """Copy the data of each entry to its place in memory; behind that, what they were copied from may change."""
+    def put(self, memory: mmap.mmap, starts: Sequence[int], later: Collection[int] = ()) -> list[tuple[torch.UntypedStorage, int]]:
+        """Copy the data of each entry to its place in memory; behind that, what they were copied from may change.
+
+        Storages whose address is in `later` are left out; returns them, each with its place.
+        """
+        left_out = []
         fixed = [*self._head(), *self._tail()]
         first = len(fixed) - 2
         for record, start in zip(fixed, (*starts[:first], *starts[-2:]), strict=True):
@@ -136,7 +140,9 @@ class Pickled:
         is_waited_for = False
         for storage, start in zip(self.storages, starts[first:-2], strict=True):
             size = storage.nbytes()
-            if storage.device.type != "cpu":
+            if size >= _SMALL_BYTES and storage.data_ptr() in later:
+                left_out.append((storage, start))
+            elif storage.device.type != "cpu":
                 whole[start : start + size].copy_(_flat(storage), non_blocking=True)
                 is_waited_for = True
             elif size < _SMALL_BYTES:
@@ -145,6 +151,7 @@ class Pickled:
                 whole[start : start + size].copy_(_flat(storage))  # by several threads
         if is_waited_for:
             torch.cuda.synchronize()
+        return left_out
 
     def _head(self) -> tuple[Record, ...]:
         return (

@@ -113,7 +113,10 @@ def written(memory: mmap.mmap, laid: Laid, descriptor: int, is_gone: Callable[[]
             for end in _completed(view, laid.read(memory), digest):
                 while end - flushed >= BLOCK_BYTES or (end == laid.size_bytes and flushed < end):
                     block_end = min(flushed + BLOCK_BYTES, end)
-                    writes.append(pool.submit(_write_block, way, view, flushed, block_end))
+                    if block_end - flushed == laid.size_bytes:
+                        _write_block(way, view, flushed, block_end)
+                    else:
+                        writes.append(_submitted(pool, _write_block, way, view, flushed, block_end))
                     flushed = block_end
                     if is_gone():
                         raise OSError(errno.EPIPE, "whom the file is for is gone")
@@ -155,6 +158,13 @@ def _completed(view: memoryview, entries: list[tuple[str, int]], digest: Blocks)
         digest.update(view[offset:end])
         offset = end
         yield offset
+
+
+def _submitted(pool: ThreadPoolExecutor, act: Callable[..., None], *arguments: object) -> Future[None]:
+    try:
+        return pool.submit(act, *arguments)
+    except RuntimeError as error:  # a limit of threads
+        raise OSError(errno.EAGAIN, str(error)) from None
 
 
 def _slice(view: memoryview, start: int, end: int) -> memoryview:

@@ -26,8 +26,8 @@ def world(request):
 class Case:
     """One run of one attempt."""
 
-    def __init__(self, runs, request, world, case, *overrides):
-        self.folder = runs.folder / request.node.name
+    def __init__(self, runs, request, world, case, *overrides, name=""):
+        self.folder = runs.folder / f"{request.node.name}{name}"
         self.attempt = runs.ranks.run([runs.script, self.folder, case, *overrides], world)
         self.text = "\n".join(self.attempt.outputs)
 
@@ -109,6 +109,14 @@ def test_at_a_stop_a_failure_of_the_one_before_does_not_keep_the_last_one_from_b
     assert saved["reason"] == "stop"
 
 
+def test_at_the_end_the_same(play, world):
+    made = play("immediate failure", "checkpoint.every_steps=12")
+    assert made.attempt.codes == [0] * world, made.text
+    assert [event["step"] for event in made.events("save_failed")] == [12]
+    (saved,) = made.events("saved")
+    assert (saved["step"], saved["reason"]) == (12, "every_epochs")
+
+
 @pytest.mark.parametrize(("case", "code"), [("exception", 1), ("exit", 7)])
 def test_what_was_taken_before_a_mistake_of_the_script_is_there(play, world, case, code):
     made = play(case)
@@ -121,3 +129,39 @@ def test_nothing_of_it_happens_where_it_is_not_wanted(play, world):
     made = play("late", "checkpoint.async_save=false")
     assert made.attempt.codes == [0] * world, made.text
     assert all("stall_s" not in event for event in made.events("saved"))
+
+
+@pytest.fixture(scope="module")
+def lazily(forked_ranks, tmp_path_factory, same_state):
+    script = Path(__file__).parents[1] / "scripts" / "lazily.py"
+    return Runs(forked_ranks, script, tmp_path_factory.mktemp("lazily"), same_state)
+
+
+def test_what_is_copied_beside_the_passes_is_what_is_copied_before_them(lazily, request, world):
+    eager, lazy = (Case(lazily, request, world, "steady", f"checkpoint.staging={how}", name=how) for how in ("eager", "lazy"))
+    assert lazy.attempt.codes == eager.attempt.codes == [0] * world, lazy.text
+    assert lazy.saved() == eager.saved()
+    assert len(lazy.saved()) > 9
+    assert not lazy.events("save_failed", "note")
+    for event in lazy.events("saved"):
+        one, other = ((made.folder / "checkpoints" / event["file"]).read_bytes() for made in (lazy, eager))
+        assert one == other, event
+
+
+def test_a_copy_that_was_torn_is_no_checkpoint_and_the_next_step_is_saved_instead(lazily, request, world):
+    made = Case(lazily, request, world, "changing", "checkpoint.staging=lazy")
+    assert made.attempt.codes == [0] * world, made.text
+    (failed,) = made.events("save_failed")
+    assert failed["step"] == 4
+    assert "TornError" in failed["error"]
+    (note,) = made.events("note")
+    assert "from here on the training waits for the copy" in note["text"]
+    assert note["text"] in made.text
+    first, second, *_ = made.saved()
+    assert first == 2
+    assert second in (5, 6), "step 6 would have been saved anyhow"
+    whole = Case(lazily, request, world, "changing", "checkpoint.staging=eager", name="whole")
+    for event in made.events("saved")[2:]:
+        one, other = (torch.load(each.folder / "checkpoints" / event["file"]) for each in (made, whole))
+        for name, value in one["model_state_dict"].items():
+            assert torch.equal(value, other["model_state_dict"][name]), name

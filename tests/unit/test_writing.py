@@ -184,6 +184,18 @@ def test_bytes_that_did_not_arrive_are_an_error(image, tmp_path, monkeypatch):
     os.close(descriptor)
 
 
+def test_a_thread_that_cannot_start_is_an_oserror(image, tmp_path, monkeypatch):
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    laid = laid_out(image, content(40 * MIB))
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    descriptor = opened(tmp_path / "a.pt")
+    with pytest.raises(BlockingIOError, match="can't start new thread"):
+        written(image.memory, laid, descriptor)
+    os.close(descriptor)
+
+
 def test_without_a_process_to_be_had_it_is_written_all_the_same(image, writer, tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "_WORTH_BYTES", 0)
     monkeypatch.setattr("sys.executable", str(tmp_path / "no python"))
