@@ -23,7 +23,7 @@ from hpcckpt.layout import RunLayout
 from hpcckpt.origin import Origin, Restored, SavedPlace, choose, place_in, read, weights_in
 from hpcckpt.policy import Position
 from hpcckpt.state.conditions import differences, doubts
-from hpcckpt.state.later import changed_by_steps, hold_steps
+from hpcckpt.state.later import after_first_step, changed_by_steps, hold_steps
 from hpcckpt.state.marks import Mark, changed_since, marked
 from hpcckpt.state.overridden import given, overridden
 from hpcckpt.state.portable import portable
@@ -220,12 +220,14 @@ class Checkpointer:
         origin = self.origin()
         path = origin.path
         self._given = given(self._tracked.objects())
+        if path is None or origin.weights_only:
+            self._prepare_at_first_step()
         if path is None:
             return Restored(origin, put_back=self._seeded())
         restored: Restored = self._ranks.together(
             lambda: read(path, self._layout, lambda content: self._load(content, path, origin, loops))
         )
-        if self._background is not None:
+        if self._background is not None and not origin.weights_only:
             self._background.prepare(path.stat().st_size)
         if restored.exactness is None:
             return restored
@@ -276,6 +278,12 @@ class Checkpointer:
 
             self._background.start(save)
 
+    def _prepare_at_first_step(self) -> None:
+        """Have memory for the state's copy made ready as soon as it is known how large it gets: when the optimizers have made a step."""
+        if (background := self._background) is not None:
+            for optimizer in self._tracked.optimizers():
+                after_first_step(optimizer, lambda: background.prepare(self._tracked.size_bytes()))
+
     def _left_for_later(self) -> dict[int, torch.Tensor]:
         """Return what may be copied beside the next passes; see `changed_by_steps`."""
         if not self._is_lazy or self._background is None:
@@ -285,7 +293,7 @@ class Checkpointer:
             self._ledger.append("note", text=_TORN)
             print(f"hpcckpt: note: {_TORN}", flush=True)
             return {}
-        optimizers = [value for value in self._tracked.objects().values() if isinstance(value, torch.optim.Optimizer)]
+        optimizers = self._tracked.optimizers()
         if not self._holds_steps:
             self._holds_steps = True
             hold_steps(optimizers, self._background.before_step)

@@ -111,6 +111,16 @@ def hold_steps(optimizers: Iterable[torch.optim.Optimizer], before: Callable[[],
         optimizer.register_step_pre_hook(hook)
 
 
+def after_first_step(optimizer: torch.optim.Optimizer, act: Callable[[], None]) -> None:
+    """Have `act` called once, where this optimizer has made its next step."""
+
+    def hook(*_: object) -> None:
+        handle.remove()
+        act()
+
+    handle = optimizer.register_step_post_hook(hook)
+
+
 def _samples(address: int, size_bytes: int) -> bytes:
     last = size_bytes - _SAMPLE_BYTES
     return b"".join(ctypes.string_at(address + last * number // (_SAMPLES - 1), _SAMPLE_BYTES) for number in range(_SAMPLES))

@@ -91,6 +91,17 @@ class Tracked:
         """Return all tracked objects by name."""
         return dict(self._objects)
 
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return the tracked optimizers of PyTorch."""
+        return [value for value in self._objects.values() if isinstance(value, torch.optim.Optimizer)]
+
+    def size_bytes(self) -> int:
+        """Return about how many bytes modules and optimizers of this rank hold."""
+        held = [tensor for module in self.modules() for tensor in (*module.parameters(), *module.buffers())]
+        for optimizer in self.optimizers():
+            held += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+        return sum(tensor.nbytes for tensor in held)
+
     def named_modules(self) -> dict[str, torch.nn.Module]:
         """Return the tracked modules by name."""
         return self._modules()

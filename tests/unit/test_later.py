@@ -9,7 +9,7 @@ from torch import nn
 
 from hpcckpt.background import Background
 from hpcckpt.state import later
-from hpcckpt.state.later import LaterCopy, TornError, changed_by_steps, hold_steps
+from hpcckpt.state.later import LaterCopy, TornError, after_first_step, changed_by_steps, hold_steps
 from hpcckpt.store.durable import write_durably
 
 
@@ -222,3 +222,13 @@ def test_where_no_thread_can_be_had_it_is_copied_by_the_training(tmp_path, monke
     background.settle()
     assert torch.equal(torch.load(tmp_path / "a.pt")["model"]["0.weight"], model[0].weight)
     background.close()
+
+
+def test_something_is_done_once_behind_the_first_step():
+    model, optimizer = training()
+    done = []
+    after_first_step(optimizer, lambda: done.append(len(optimizer.state)))
+    assert done == []
+    for _ in range(3):
+        train(model, optimizer)
+    assert done == [6]

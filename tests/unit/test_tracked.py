@@ -549,3 +549,18 @@ def test_a_file_of_a_later_format_is_refused(tmp_path):
     for version in (2, "1", None):
         with pytest.raises(CheckpointMismatchError, match=r"was written in format .* upgrade hpcckpt"):
             check_version({"format_version": version}, tmp_path)
+
+
+def test_its_size_is_that_of_what_modules_and_optimizers_hold():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5))
+    optimizer = torch.optim.Adam(model.parameters())
+    tracked = Tracked()
+    tracked.add("model", model)
+    tracked.add("optimizer", optimizer)
+    parameters = 4 * (3 * 5 + 5 + 5 + 5)
+    buffers = 4 * (5 + 5) + 8
+    assert tracked.size_bytes() == parameters + buffers
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    assert tracked.size_bytes() == parameters + buffers + 2 * parameters + 4 * 4, "two moments, and four counts of steps"
+    assert tracked.optimizers() == [optimizer]
