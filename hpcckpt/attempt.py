@@ -24,6 +24,7 @@ from hpcckpt.signals import SignalLatch
 from hpcckpt.store.checkpoints import CheckpointStore
 from hpcckpt.store.durable import make_private_directory
 from hpcckpt.store.ledger import Ledger
+from hpcckpt.store.shelf import Shelf
 from hpcckpt.watch import Watch
 
 
@@ -57,6 +58,7 @@ class Attempt:
         self._owns_latch = launched is None
         self.ledger = Ledger(layout.events)
         self.store = CheckpointStore.configured(layout, config.checkpoint)
+        self.store.shelf = Shelf()
         self._requeue = Requeue(layout, self.ledger, task, config.requeue, self.store, None if launched is None else launched.adopt)
         self.is_over = False
         self.restart_count, generation, refusal = ranks.from_main(self._claimed)

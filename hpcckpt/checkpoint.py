@@ -22,6 +22,7 @@ from hpcckpt.exactness import Exactness, per_rank
 from hpcckpt.layout import RunLayout
 from hpcckpt.origin import Origin, Restored, SavedPlace, choose, place_in, read, weights_in
 from hpcckpt.policy import Position
+from hpcckpt.sharing import shared
 from hpcckpt.state.conditions import differences, doubts
 from hpcckpt.state.later import after_first_step, changed_by_steps, hold_steps
 from hpcckpt.state.marks import Mark, changed_since, marked
@@ -223,10 +224,12 @@ class Checkpointer:
         if path is None or origin.weights_only:
             self._prepare_at_first_step()
         if path is None:
+            self._store.shelf.close()
             return Restored(origin, put_back=self._seeded())
-        restored: Restored = self._ranks.together(
-            lambda: read(path, self._layout, lambda content: self._load(content, path, origin, loops))
-        )
+        with shared(self._ranks, self._store.shelf, path, origin.digest) as source:
+            restored: Restored = self._ranks.together(
+                lambda: read(path, self._layout, lambda content: self._load(content, path, origin, loops), source)
+            )
         if self._background is not None and not origin.weights_only:
             self._background.prepare(path.stat().st_size)
         if restored.exactness is None:

@@ -17,6 +17,7 @@ from hpcckpt.store import resume
 from hpcckpt.store.checkpoints import CheckpointStore
 from hpcckpt.store.durable import reading
 from hpcckpt.store.ledger import Ledger
+from hpcckpt.store.shelf import Shelf
 from hpcckpt.store.view import PATIENCE_S, await_last_save
 
 
@@ -33,6 +34,8 @@ class Origin:
     batch_sizes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     # How many lines of metrics.jsonl were given behind the last step, and are not given again.
     lines: int = 0
+    # Of the file, as rank 0 has read it; "": it was not verified.
+    digest: str = ""
 
     @property
     def epoch(self) -> int:
@@ -84,13 +87,14 @@ def choose(layout: RunLayout, store: CheckpointStore, ledger: Ledger) -> Origin:
     request = resume.apply(layout, store)
     newest = store.recover(lambda problem: ledger.append("damaged", problem=problem))
     if newest is not None:
-        return _peeked(store.path(newest.name), layout)
+        path = store.path(newest.name)
+        return _peeked(path, layout, store.shelf)
     if request is None or request["origin"] is None:
         return Origin()
     path = Path(request["origin"])
     if request["weights_only"]:
         return Origin(path, weights_only=True, strict=bool(request.get("strict", True)))
-    return _peeked(path, layout)
+    return _peeked(path, layout, store.shelf)
 
 
 def _await_view(layout: RunLayout, store: CheckpointStore, ledger: Ledger) -> None:
@@ -103,12 +107,15 @@ def _await_view(layout: RunLayout, store: CheckpointStore, ledger: Ledger) -> No
         print(f"hpcckpt: note: {layout.latest}: the last save of the attempt before was {how}", flush=True)
 
 
-def read(path: Path, layout: RunLayout, use: Callable[[Any], Any]) -> Any:
-    """Return what `use` makes of a file's content, which is mapped into memory and marked as being read only meanwhile."""
+def read(path: Path, layout: RunLayout, use: Callable[[Any], Any], source: str | None = None) -> Any:
+    """Return what `use` makes of a file's content, which is mapped into memory and marked as being read only meanwhile.
+
+    `source`: as `read_content` takes it.
+    """
     own = path.parent == layout.checkpoints
     # No process deletes what is marked.
     with reading(path) if own else nullcontext():
-        return use(read_content(path, follow_symlinks=not own))
+        return use(read_content(path, follow_symlinks=not own, source=source))
 
 
 def place_in(content: Any, path: Path) -> SavedPlace:
@@ -163,6 +170,8 @@ def weights_in(content: Any, path: Path, names: Mapping[str, list[str]]) -> dict
     return {target: fitted(model_state_in(content), set(names[target]))}
 
 
-def _peeked(path: Path, layout: RunLayout) -> Origin:
-    place: SavedPlace = read(path, layout, lambda content: place_in(content, path))
-    return Origin(path, position=place.position, batch_sizes=place.batch_sizes, lines=place.lines)
+def _peeked(path: Path, layout: RunLayout, shelf: Shelf) -> Origin:
+    source = shelf.source(path)
+    place: SavedPlace = read(path, layout, lambda content: place_in(content, path), source)
+    digest = "" if source is None else shelf.digest
+    return Origin(path, position=place.position, batch_sizes=place.batch_sizes, lines=place.lines, digest=digest)

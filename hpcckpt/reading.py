@@ -43,7 +43,7 @@ _REFUSED = re.compile(
 _LARGEST_RATIO = 20
 
 
-def read_content(path: Path, *, mmap: bool = True, follow_symlinks: bool = True) -> Any:
+def read_content(path: Path, *, mmap: bool = True, follow_symlinks: bool = True, source: str | None = None) -> Any:
     """Return what a file of torch.save (zip or legacy) or safetensors holds, with all tensors on the CPU.
 
     Args:
@@ -52,6 +52,7 @@ def read_content(path: Path, *, mmap: bool = True, follow_symlinks: bool = True)
             they are written to. Only for content that is copied elsewhere soon: a file that is cut short while it is
             mapped ends the process (SIGBUS).
         follow_symlinks: whether `path` itself may be a symbolic link.
+        source: where its bytes are in memory already, under a name that can be opened; messages speak of `path`.
 
     Raises:
         CheckpointNotFoundError: there is no such file, or it is a directory; lists the candidates in it.
@@ -60,7 +61,7 @@ def read_content(path: Path, *, mmap: bool = True, follow_symlinks: bool = True)
     """
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO's writer is not waited for
     try:
-        descriptor = os.open(path, flags if follow_symlinks else flags | os.O_NOFOLLOW)
+        descriptor = os.open(source or path, flags if follow_symlinks or source else flags | os.O_NOFOLLOW)
     except OSError as error:
         raise _not_opened(path, error) from None
     try:

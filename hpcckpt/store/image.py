@@ -1,7 +1,7 @@
 """Memory as large as a checkpoint file, kept and used again, which another process can have too.
 
-A file that is in memory only (memfd_create(2)). Its pages are there before it is used: fresh ones cost more than the copy into
-them, and ones that are not to be had end the process where they are touched.
+A file that is in memory only (memfd_create(2)). Mostly its pages are there before it is used: fresh ones cost more than the copy
+into them, and ones that are not to be had end the process where they are touched.
 """
 
 import contextlib
@@ -44,8 +44,8 @@ class Image:
         """Return the descriptor: for /proc/PID/fd, and for another process."""
         return self._descriptor
 
-    def reserve(self, size_bytes: int) -> None:
-        """Have at least so much. What is in it stays.
+    def reserve(self, size_bytes: int, *, touched: bool = True) -> None:
+        """Have at least so much. What is in it stays. Not `touched`, pages are there when they are used only.
 
         Raises:
             OSError: there is not so much memory (ENOMEM); the image is as it was.
@@ -56,7 +56,10 @@ class Image:
         wanted, available = size - self.size_bytes, available_bytes()
         if available is not None and wanted + _LEFT_BYTES > available:
             raise OSError(errno.ENOMEM, f"{wanted} bytes of memory are wanted, and {available} can be had")
-        os.posix_fallocate(self._descriptor, self.size_bytes, wanted)
+        if touched:
+            os.posix_fallocate(self._descriptor, self.size_bytes, wanted)
+        else:
+            os.ftruncate(self._descriptor, size)
         memory = mmap.mmap(self._descriptor, size)
         self._unmap()
         self._memory, self.size_bytes = memory, size

@@ -16,6 +16,7 @@ from hpcckpt.layout import RunLayout, manifest_name, parse_checkpoint_name
 from hpcckpt.policy import CheckpointInfo, Retention
 from hpcckpt.store.digest import is_known
 from hpcckpt.store.durable import file_digest, read_json
+from hpcckpt.store.shelf import Shelf
 
 # How often a look is begun anew because a writer was faster.
 _RETRIES = 20
@@ -52,6 +53,8 @@ class CheckpointReader:
     def __init__(self, layout: RunLayout, retention: Retention) -> None:
         self._layout = layout
         self._retention = retention
+        # What was verified last, for who loads it next; nothing where nobody will.
+        self.shelf = Shelf(keeps=False)
 
     def infos(self) -> list[CheckpointInfo]:
         """Return every committed checkpoint, in order of training; those under names of the user's own are not among them."""
@@ -234,7 +237,7 @@ class CheckpointReader:
         if not is_known(committed):
             return _Problem(f"{path} has a digest that this version of hpcckpt cannot compute ({committed[:40]!r})", is_damage=False)
         try:
-            size_bytes, digest = file_digest(path, committed)
+            size_bytes, digest = self.shelf.read(path, committed)
         except OSError as error:
             # Of a file that cannot be read nothing is known: the next look may find it good.
             return _Problem(f"{path} cannot be read ({error.strerror})", is_damage=False)

@@ -457,7 +457,7 @@ def test_a_file_that_cannot_be_read_for_a_moment_is_not_given_the_manifest_of_th
     with interrupted(has_name=True):
         commit(store, 0, content=b"new")
     with monkeypatch.context() as patch:
-        patch.setattr("hpcckpt.store.reader.file_digest", unreadable)
+        patch.setattr("hpcckpt.store.shelf.file_digest", unreadable)
         commit(store, 1)
     assert "replaces" in manifest_of(layout, 0)
     assert store.find("epoch 0", epoch=0).name == name_of(0)

@@ -20,7 +20,7 @@ FLOORS = {
     "launch": 6, "task": 6,
     "run": 5,
     "attempt": 4, "checkpoint": 4, "manager": 4, "weights": 4,
-    "background": 3, "content": 3, "curves": 3, "exactness": 3, "origin": 3, "reading": 3, "recorder": 3, "requeue": 3,
+    "background": 3, "content": 3, "curves": 3, "exactness": 3, "origin": 3, "reading": 3, "recorder": 3, "requeue": 3, "sharing": 3,
     "watch": 3,
     "state": 2, "store": 2, "data": 2, "progress": 2,
     "archive": 1, "companion": 1, "distributed": 1, "signals": 1, "scheduler": 1,
