@@ -20,6 +20,7 @@ from hpcckpt.layout import RunLayout
 from hpcckpt.origin import Origin, Restored
 from hpcckpt.recorder import Recorder
 from hpcckpt.requeue import LOCAL_REQUEUE_EXIT_CODE, Requeue, Stop
+from hpcckpt.sharing import first_of_node
 from hpcckpt.signals import SignalLatch
 from hpcckpt.store.checkpoints import CheckpointStore
 from hpcckpt.store.durable import make_private_directory
@@ -65,6 +66,8 @@ class Attempt:
         self.ledger.generation = generation
         if refusal is not None:
             self._refuse_to_train(refusal)
+        if first_of_node(ranks):  # while the script builds its model
+            self.store.expect_newest()
         self.recorder = Recorder(layout, config.name) if ranks.is_main else None
         beside = ranks.is_main and config.checkpoint.async_save
         self._background = Background((config.requeue.signal, "TERM"), self.note) if beside else None

@@ -59,6 +59,12 @@ def _read(shelf: Shelf, path: Path, digest: str) -> str | None:
     return shelf.source(path)
 
 
+def first_of_node(ranks: Collectives) -> bool:
+    """Return whether this rank is the first one of its node. Every rank must call it."""
+    nodes = ranks.gather(_node())
+    return nodes.index(nodes[ranks.rank]) == ranks.rank
+
+
 def _node() -> str:
     """Return a name that processes share that see each other's: those of one kernel and one process namespace."""
     try:

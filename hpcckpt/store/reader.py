@@ -60,6 +60,14 @@ class CheckpointReader:
         """Return every committed checkpoint, in order of training; those under names of the user's own are not among them."""
         return sorted((entry.info for entry in self._rotation().values()), key=lambda info: info.order)
 
+    def expect_newest(self) -> None:
+        """Begin to read what the pointer names, which will be asked for; nobody may commit anything meanwhile."""
+        with contextlib.suppress(CheckpointCorruptError):
+            pointer = read_json(self._layout.latest) or {}
+            name = str(pointer.get("file"))
+            if parse_checkpoint_name(name) is not None:
+                self.shelf.begin(self._layout.checkpoints / name, str(pointer.get("digest")))
+
     def newest_good(self, report: Callable[[str], None]) -> CheckpointInfo | None:
         """Return the checkpoint the pointer names, or the newest one that verifies if that is damaged; None if there is none.
 

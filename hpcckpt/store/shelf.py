@@ -9,6 +9,7 @@ import ctypes
 import errno
 import mmap
 import os
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,7 @@ from typing import Final
 from hpcckpt.store.digest import BLOCK_BYTES, begun_like
 from hpcckpt.store.durable import file_digest, reading
 from hpcckpt.store.image import Image
+from hpcckpt.store.memory import available_bytes
 
 _READERS: Final = 2
 _libc = ctypes.CDLL(None)
@@ -29,9 +31,15 @@ class Shelf:
     def __init__(self, *, keeps: bool = True) -> None:
         """Begin with nothing in it; where it does not keep anything, it only reads."""
         self._keeps = keeps
+        self._coming: _Coming | None = None
         self._image: Image | None = None
         self._path: Path | None = None
         self.digest = ""
+
+    def begin(self, path: Path, like: str) -> None:
+        """Begin to read a file that will probably be asked for, in the background; nobody may change it any more."""
+        if self._keeps:
+            self._coming = _Coming(path, like)
 
     def read(self, path: Path, like: str = "") -> tuple[int, str]:
         """Return (size in bytes, digest) of a file, as `file_digest`, and keep the file, if there is memory for it.
@@ -39,25 +47,16 @@ class Shelf:
         Raises:
             OSError: it cannot be read.
         """
+        coming, self._coming = self._coming, None
+        found = None if coming is None else coming.result(path, like)
         self._clear()
-        if not self._keeps:
+        if found is None and self._keeps:
+            found = _kept(path, like)
+        if found is None:
             return file_digest(path, like)
-        with reading(path) as descriptor:
-            size = os.fstat(descriptor).st_size
-            image = _image_of(size)
-            if image is not None:
-                digest = begun_like(like)
-                try:
-                    with memoryview(image.memory) as view:
-                        for block in _read(descriptor, view, size):
-                            digest.update(block)
-                except BaseException:
-                    image.close()
-                    raise
-                os.ftruncate(image.fileno(), size)
-                self._image, self._path, self.digest = image, path, digest.text()
-                return size, self.digest
-        return file_digest(path, like)
+        self._image, size, self.digest = found
+        self._path = path
+        return size, self.digest
 
     def source(self, path: Path) -> str | None:
         """Return under which name the kept bytes of a file can be opened, by any process of this user here; None if it is not kept."""
@@ -71,14 +70,64 @@ class Shelf:
         self._keeps = False
 
     def _clear(self) -> None:
+        if self._coming is not None:
+            self._coming.result(None, "")
+            self._coming = None
         if self._image is not None:
             self._image.close()
         self._image, self._path, self.digest = None, None, ""
 
 
+class _Coming:
+    """A file that is being read."""
+
+    def __init__(self, path: Path, like: str) -> None:
+        self._path, self._like = path, like
+        self._found: tuple[Image, int, str] | None = None
+        self._thread: threading.Thread | None = threading.Thread(target=self._run, name="hpcckpt-shelf", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:  # a limit of threads: it is read when it is asked for
+            self._thread = None
+
+    def result(self, path: Path | None, like: str) -> tuple[Image, int, str] | None:
+        """Return what was read, if that is what is asked for and could be kept; once."""
+        if self._thread is not None:
+            self._thread.join()
+        found, self._found = self._found, None
+        if found is not None and (path, like) != (self._path, self._like):
+            found[0].close()
+            return None
+        return found
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):  # whoever asks for it meets the same
+            self._found = _kept(self._path, self._like)
+
+
+def _kept(path: Path, like: str) -> tuple[Image, int, str] | None:
+    """Return a file in memory, its size in bytes and its digest; None where there is no memory for it."""
+    with reading(path) as descriptor:
+        size = os.fstat(descriptor).st_size
+        image = _image_of(size)
+        if image is None:
+            return None
+        digest = begun_like(like)
+        try:
+            with memoryview(image.memory) as view:
+                for block in _read(descriptor, view, size):
+                    digest.update(block)
+            os.ftruncate(image.fileno(), size)
+        except BaseException:
+            image.close()
+            raise
+        return image, size, digest.text()
+
+
 def _image_of(size: int) -> Image | None:
-    """Return memory for so many bytes; None where there is none, or nothing to keep."""
-    if not size:
+    """Return memory for so many bytes; None where there is too little for this and what it is loaded into, or nothing to keep."""
+    free = available_bytes()
+    if not size or (free is not None and free < 2 * size):
         return None
     with contextlib.suppress(OSError):
         image = Image()

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.timeout(300)
 WORLD = 3
 SCRIPT = Path(__file__).parents[1] / "scripts" / "restoring.py"
 # Of a node's readers beside rank 0: Python's own files.
-LITTLE_BYTES = 2 * 1024 * 1024
+LITTLE_BYTES = 4 * 1024 * 1024
 
 
 @pytest.fixture(scope="module")

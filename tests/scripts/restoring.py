@@ -46,12 +46,12 @@ if case == "not to be seen" and rank:
     Shelf.source = lambda *_: "/proc/0/fd/0"
     sharing._source.__globals__["os"] = type("Os", (), {**vars(os), "open": lambda *_: os.open("/proc/0/fd/0", os.O_RDONLY)})
 
+before, shared_before = read_bytes(), rollup("Pss_Shmem")
 with hpcckpt.Run.from_environment(folder, ["checkpoint.async_save=false"]) as run:
     net = torch.nn.Sequential(torch.nn.Linear(1000, 1500), torch.nn.Linear(1500, 1000))
     model = DistributedDataParallel(net) if run.world_size > 1 else net
     optimizer = torch.optim.AdamW(model.parameters())
     run.track(model=model, optimizer=optimizer)
-    before, shared_before = read_bytes(), rollup("Pss_Shmem")
     loader = run.loader(torch.utils.data.TensorDataset(torch.randn(4 * run.world_size, 1000)), batch_size=1)
     for epoch in run.epochs(EPOCHS):
         if epoch:

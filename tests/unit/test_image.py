@@ -8,6 +8,7 @@ import pytest
 
 from hpcckpt.store import image as module
 from hpcckpt.store.image import Image
+from support.limits import memory_files
 
 MIB = 1024 * 1024
 
@@ -17,12 +18,6 @@ def image():
     image = Image()
     yield image
     image.close()
-
-
-def shared_bytes():
-    """Return how much memory of files in memory the machine has."""
-    with open("/proc/meminfo") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Shmem:"))
 
 
 def test_it_grows_and_keeps_what_is_in_it(image):
@@ -48,14 +43,23 @@ def test_another_process_has_the_same_memory(image):
 
 
 def test_its_pages_are_there_before_they_are_used(image):
-    before = shared_bytes()
+    before = memory_files()
     image.reserve(64 * MIB)
-    assert shared_bytes() - before > 48 * MIB
+    size_bytes = sum(memory_files().values()) - sum(before.values())
+    assert 64 * MIB <= size_bytes < 70 * MIB
     image.warm()
     image.memory[: 64 * MIB] = bytes(64 * MIB)
-    assert shared_bytes() - before < 80 * MIB
+    assert sum(memory_files().values()) - sum(before.values()) == size_bytes
     image.close()
-    assert shared_bytes() - before < 16 * MIB
+    assert memory_files() == before
+
+
+def test_where_that_is_not_wanted_they_come_with_their_use(image):
+    before = sum(memory_files().values())
+    image.reserve(64 * MIB, touched=False)
+    assert sum(memory_files().values()) - before < MIB
+    image.memory[:MIB] = bytes(MIB)
+    assert MIB <= sum(memory_files().values()) - before < 3 * MIB
 
 
 def test_a_view_that_somebody_holds_keeps_nobody_from_growing_or_closing(image):

@@ -13,6 +13,7 @@ from hpcckpt.store import shelf as module
 from hpcckpt.store.durable import file_digest, is_being_read
 from hpcckpt.store.shelf import Shelf
 from support.digests import digest_of
+from support.limits import memory_files
 
 MIB = 1024 * 1024
 
@@ -99,16 +100,12 @@ def test_what_becomes_of_the_file_later_changes_nothing(shelf, tmp_path):
 
 
 def test_memory_goes_away_when_it_is_closed_and_nothing_is_kept_any_more(shelf, tmp_path):
-    def shared_bytes():
-        with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Shmem:"))
-
     made(tmp_path / "a", 64 * MIB)
-    before = shared_bytes()
+    before = memory_files()
     shelf.read(tmp_path / "a")
-    assert shared_bytes() - before > 50 * MIB
+    assert sum(memory_files().values()) - sum(before.values()) >= 64 * MIB
     shelf.close()
-    assert shared_bytes() - before < 16 * MIB
+    assert memory_files() == before
     assert shelf.read(tmp_path / "a") == file_digest(tmp_path / "a")
     assert shelf.source(tmp_path / "a") is None
 
@@ -128,9 +125,10 @@ def test_another_process_opens_it(shelf, tmp_path):
     os.waitpid(child, 0)
 
 
-def test_without_memory_it_is_read_and_not_kept(shelf, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("where", "free"), [(image_module, 258 * MIB), (module, 9 * MIB)], ids=["for it", "for what it is loaded into"])
+def test_without_memory_it_is_read_and_not_kept(shelf, tmp_path, monkeypatch, where, free):
     data = made(tmp_path / "a", 5 * MIB)
-    monkeypatch.setattr(image_module, "available_bytes", lambda: 258 * MIB)
+    monkeypatch.setattr(where, "available_bytes", lambda: free)
     assert shelf.read(tmp_path / "a") == (len(data), digest_of(data))
     assert shelf.source(tmp_path / "a") is None
 
@@ -190,3 +188,42 @@ def test_what_it_takes_from_the_disk_leaves_no_trace_in_the_cache(shelf, tmp_pat
         assert not any(module._is_cached(file.fileno(), start, start + MIB) for start in range(0, 40 * MIB, MIB))
         file.read()
         assert all(module._is_cached(file.fileno(), start, start + MIB) for start in range(0, 40 * MIB, MIB))
+
+
+def test_what_is_expected_is_read_before_it_is_asked_for(shelf, tmp_path, monkeypatch):
+    data, began = made(tmp_path / "a", 20 * MIB), []
+    read = module._read
+    monkeypatch.setattr(module, "_read", lambda *arguments: began.append(1) or read(*arguments))
+    like = digest_of(b"")
+    shelf.begin(tmp_path / "a", like)
+    assert shelf.source(tmp_path / "a") is None, "not before it is asked for"
+    assert shelf.read(tmp_path / "a", like) == (len(data), digest_of(data))
+    assert kept(shelf, tmp_path / "a") == data
+    assert began == [1]
+
+
+@pytest.mark.parametrize("expected", ["b", "not there", "a directory", "like another"])
+def test_what_was_expected_in_vain_leaves_no_trace(shelf, tmp_path, expected):
+    data = made(tmp_path / "a", 5000)
+    made(tmp_path / "b", 6000)
+    (tmp_path / "a directory").mkdir()
+    before = len(os.listdir("/proc/self/fd"))
+    shelf.begin(tmp_path / ("a" if expected == "like another" else expected), "sha256:0")
+    assert shelf.read(tmp_path / "a", "xxh3-16m:0") == (len(data), digest_of(data))
+    assert kept(shelf, tmp_path / "a") == data
+    shelf.begin(tmp_path / "b", "xxh3-16m:0")
+    shelf.close()
+    shelf.begin(tmp_path / "b", "xxh3-16m:0")
+    assert shelf.source(tmp_path / "b") is None
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_where_no_thread_can_be_had_nothing_is_expected(shelf, tmp_path, monkeypatch):
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    data = made(tmp_path / "a", 5000)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        shelf.begin(tmp_path / "a", "xxh3-16m:0")
+    assert shelf.read(tmp_path / "a", "xxh3-16m:0") == (len(data), digest_of(data))
