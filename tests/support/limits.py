@@ -22,5 +22,6 @@ def memory_files():
     for name in os.listdir("/proc/self/fd"):
         with suppress(FileNotFoundError):
             if os.readlink(f"/proc/self/fd/{name}").startswith("/memfd:"):
-                found[int(name)] = os.stat(f"/proc/self/fd/{name}").st_blocks * 512
+                status = os.stat(f"/proc/self/fd/{name}")
+                found[status.st_ino] = status.st_blocks * 512  # a mapping has a descriptor of its own
     return found
