@@ -176,11 +176,11 @@ class Attempt:
             self._watch.close()
             self._watch.take_back()
         self._disconnect()
+        self._let_go()
         if self.recorder is not None:  # behind the barrier: now all ranks are through
             self.recorder.flush(epoch, step)
             self.ledger.append(kind, epoch=epoch, step=step, **facts)
             print(f"hpcckpt: {kind}: {step} steps in {self._layout.root}", flush=True)
-            self._end_background()
             self.store.release()
             # The last: a service that draws curves may take its time.
             self.recorder.close(finished=kind == "finished")
@@ -209,7 +209,7 @@ class Attempt:
             raise SystemExit(LOCAL_REQUEUE_EXIT_CODE if self._task.launcher == "local" and stop.decision.requeue else 0)
         if stop.cause != "requeued":  # else nobody has done what the file asks for
             self._watch.take_back()
-        self._end_background()
+        self._let_go()
         code = self._requeue.go_on(stop.cause, stop.decision, self._saved)
         self._watch.close()
         raise SystemExit(code)
@@ -234,7 +234,7 @@ class Attempt:
                 self.recorder.flush(epoch, step)
                 self.recorder.close(finished=False)
         self.agreement.close(timeout_s=1)
-        self._end_background()  # what was taken before is not lost with this
+        self._let_go()  # what was taken before is not lost with this
         self.store.release()
         if self._ranks.world_size == 1:  # nobody to wait for, and a notebook may go on in this process
             self._ranks.close()
@@ -325,7 +325,9 @@ class Attempt:
         self.agreement.close()
         self._ranks.close()
 
-    def _end_background(self) -> None:
+    def _let_go(self) -> None:
+        """Wait for a save that is on its way, and let go of memory and processes."""
+        self.store.shelf.close()
         if self._background is not None:
             self._background.close()
 
