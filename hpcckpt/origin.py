@@ -1,5 +1,6 @@
 """What an attempt goes on from: which file, and what is in it of the place in training. Decided by rank 0, once."""
 
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -119,7 +120,7 @@ def read(path: Path, layout: RunLayout, use: Callable[[Any], Any], source: str |
 
 
 def place_in(content: Any, path: Path) -> SavedPlace:
-    """Return the place in training that a run's checkpoint holds.
+    """Return the place in training that a run's checkpoint holds; it keeps nothing of the file in memory.
 
     Raises:
         CheckpointMismatchError: it is none of a run, or of a later format.
@@ -136,7 +137,8 @@ def place_in(content: Any, path: Path) -> SavedPlace:
         return SavedPlace(
             Position(int(content["epoch"]), int(content["step"]), bool(data_state["epoch_finished"])),
             dict(content["metrics"]),
-            dict(data_state["loaders"]),
+            # A copy: one tensor in a stream's state would hold on to the whole file, in memory, for as long as the run trains.
+            copy.deepcopy(dict(data_state["loaders"])),
             data_state["last_loader"],
             int(data_state.get("unplaced_steps", 0)),
             {str(number): {key: int(value) for key, value in size.items()} for number, size in data_state.get("batch_sizes", {}).items()},

@@ -1,11 +1,14 @@
 """What a start goes on from: a run's own checkpoints, weights of any origin, and what is refused."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
 from hpcckpt import save_dataparallel_checkpoint
 from hpcckpt.background import Files
@@ -16,10 +19,12 @@ from hpcckpt.distributed import Collectives
 from hpcckpt.errors import CheckpointCorruptError, CheckpointMismatchError
 from hpcckpt.layout import RunLayout
 from hpcckpt.policy import Position, Retention
+from hpcckpt.state.portable import plain_tensors
 from hpcckpt.state.tracked import Tracked
 from hpcckpt.store import resume
 from hpcckpt.store.checkpoints import CheckpointStore
 from hpcckpt.store.ledger import Ledger
+from hpcckpt.store.shelf import Shelf
 
 
 class Attempt:
@@ -239,6 +244,66 @@ def test_a_damaged_newest_is_set_aside_and_told(layout):
     assert second.checkpointer.restore(Loops()).place.position.epoch == 0
     assert [event["event"] for event in second.ledger.events()] == ["saved", "saved", "damaged"]
     assert (layout.damaged / path.name).exists()
+
+
+class Positions(IterableDataset):
+    """Keeps its place in tensors, as a shuffle buffer does."""
+
+    def __init__(self, size=8):
+        self.order = torch.randperm(size)
+
+    def __iter__(self):
+        return iter(self.order)
+
+    def state_dict(self):
+        return {"order": self.order}
+
+    def load_state_dict(self, state):
+        self.order = state["order"]
+
+
+def streaming(size=8):
+    loops = Loops()
+    loops.add(*make_loader(Positions(size), Share(0, 1, 0, 0), batch_size=2))
+    return loops
+
+
+def in_memory():
+    """Return what of images of files this process has open or mapped."""
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if "memfd:hpcckpt" in line]
+    links = [link for link in Path("/proc/self/fd").iterdir() if link.exists()]
+    return mapped + [link for link in links if "memfd:hpcckpt" in os.readlink(link)]
+
+
+def test_nothing_of_the_file_stays_in_memory_not_even_for_the_place_in_a_stream(layout):
+    loops = streaming()
+    place, loop = loops.create(loops._loaders[0][0], 0)
+    loops.begin(place, loop, 0)
+    batches = iter(loops._loaders[0][0])
+    next(batches)
+    place.advance()
+    loops.step()
+    first = Attempt(layout, **trained())
+    first.checkpointer.save(Position(0, 1, epoch_finished=False), {"loss": 1.0}, loops, "test")
+    before = in_memory()
+    second = Attempt(layout, seed=3, **trained())
+    second.store.shelf = Shelf()
+    second.checkpointer.origin()
+    assert len(in_memory()) > len(before), "it is not kept until it is loaded"
+    restored = second.checkpointer.restore(streaming())
+    (state,) = restored.place.loaders["0"]["states"]
+    assert any(isinstance(value, torch.Tensor) for value in plain_tensors(state))
+    assert in_memory() == before
+    restored.put_back()
+    assert in_memory() == before
+
+
+def trained():
+    model = nn.Linear(30, 40)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(30)).sum().backward()
+    optimizer.step()
+    return {"model": model, "optimizer": optimizer, "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1)}
 
 
 def test_what_was_restored_is_not_mapped_from_the_file_any_more(layout):
