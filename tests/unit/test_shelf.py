@@ -1,15 +1,19 @@
 """A file that is read once: its digest is that of its bytes, what is kept are the same bytes, and nothing is kept for ever."""
 
+import errno
+import mmap
 import os
 import shutil
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from hpcckpt.store import image as image_module
 from hpcckpt.store import shelf as module
+from hpcckpt.store.digest import Blocks
 from hpcckpt.store.durable import file_digest, is_being_read
 from hpcckpt.store.shelf import Shelf
 from support.digests import digest_of
@@ -133,6 +137,40 @@ def test_without_memory_it_is_read_and_not_kept(shelf, tmp_path, monkeypatch, wh
     assert shelf.source(tmp_path / "a") is None
 
 
+def test_memory_that_runs_out_on_the_way_is_no_error(shelf, tmp_path, monkeypatch):
+    data, write_all = made(tmp_path / "a", 40 * MIB), module.write_all
+
+    def refuse(descriptor, view, offset):
+        if offset >= 20 * MIB:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_all(descriptor, view, offset)
+
+    monkeypatch.setattr(module, "write_all", refuse)
+    before = len(os.listdir("/proc/self/fd"))
+    assert shelf.read(tmp_path / "a") == (len(data), digest_of(data))
+    assert shelf.source(tmp_path / "a") is None
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_buffers_are_used_again_only_when_they_are_copied(shelf, tmp_path, monkeypatch):
+    data, update = made(tmp_path / "a", 9 * 16 * MIB + 5), Blocks.update
+
+    def slow(self, piece):
+        time.sleep(0.01)
+        update(self, piece)
+
+    monkeypatch.setattr(Blocks, "update", slow)
+    assert shelf.read(tmp_path / "a") == (len(data), digest_of(data))
+    assert kept(shelf, tmp_path / "a") == data
+
+
+def test_without_huge_pages_it_is_read_all_the_same(shelf, tmp_path, monkeypatch):
+    monkeypatch.setattr(mmap, "MADV_HUGEPAGE", -1)  # as a kernel without them: EINVAL
+    data = made(tmp_path / "a", 40 * MIB + 1)
+    assert shelf.read(tmp_path / "a") == (len(data), digest_of(data))
+    assert kept(shelf, tmp_path / "a") == data
+
+
 def test_without_o_direct_it_is_read_all_the_same(shelf, tmp_path, monkeypatch):
     data, preadv, calls = made(tmp_path / "a", 40 * MIB), os.preadv, []
 
@@ -148,8 +186,8 @@ def test_without_o_direct_it_is_read_all_the_same(shelf, tmp_path, monkeypatch):
 
 def test_it_is_marked_as_being_read_meanwhile(shelf, tmp_path, monkeypatch):
     made(tmp_path / "a", 5000)
-    marked, read = [], module._read
-    monkeypatch.setattr(module, "_read", lambda *arguments: marked.append(is_being_read(tmp_path / "a")) or read(*arguments))
+    marked, blocks = [], module._blocks
+    monkeypatch.setattr(module, "_blocks", lambda *arguments: marked.append(is_being_read(tmp_path / "a")) or blocks(*arguments))
     shelf.read(tmp_path / "a")
     assert marked == [True]
     assert not is_being_read(tmp_path / "a")
@@ -158,13 +196,13 @@ def test_it_is_marked_as_being_read_meanwhile(shelf, tmp_path, monkeypatch):
 def test_a_file_that_is_cut_short_while_it_is_read_is_an_error_and_leaves_nothing(shelf, tmp_path, monkeypatch):
     path = tmp_path / "a"
     made(path, 40 * MIB)
-    read = module._read
+    blocks = module._blocks
 
     def cutting(*arguments):
         os.truncate(path, 17 * MIB)
-        return read(*arguments)
+        return blocks(*arguments)
 
-    monkeypatch.setattr(module, "_read", cutting)
+    monkeypatch.setattr(module, "_blocks", cutting)
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(OSError, match="has no more than 17825792 bytes any more"):
         shelf.read(path)
@@ -192,8 +230,8 @@ def test_what_it_takes_from_the_disk_leaves_no_trace_in_the_cache(shelf, tmp_pat
 
 def test_what_is_expected_is_read_before_it_is_asked_for(shelf, tmp_path, monkeypatch):
     data, began = made(tmp_path / "a", 20 * MIB), []
-    read = module._read
-    monkeypatch.setattr(module, "_read", lambda *arguments: began.append(1) or read(*arguments))
+    read = module._blocks
+    monkeypatch.setattr(module, "_blocks", lambda *arguments: began.append(1) or read(*arguments))
     like = digest_of(b"")
     shelf.begin(tmp_path / "a", like)
     assert shelf.source(tmp_path / "a") is None, "not before it is asked for"
