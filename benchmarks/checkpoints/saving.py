@@ -40,8 +40,14 @@ class Contender:
     is_limit: bool = False
     prepare: Callable[[Path], None] = lambda _: None
 
+    @property
+    def finds_damage(self) -> str:
+        """Say by what damaged bytes can be told; nothing of a limit."""
+        return "" if self.is_limit else "digest" if self.digest else "CRC" if self.checksums else "no"
 
-def _durable(path: Path) -> None:
+
+def durable(path: Path) -> None:
+    """Sync a file or a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
@@ -95,17 +101,22 @@ def _ours_file(state: State, folder: Path) -> None:
     write_durably(folder / "a.pt", lambda file: write_as_torch(state, file))
 
 
+def begun(folder: Path) -> CheckpointStore:
+    """Return the store of a run directory that is claimed, as an attempt does once."""
+    layout = RunLayout(folder)
+    layout.checkpoints.mkdir(mode=0o700)
+    store = CheckpointStore(layout, Retention(keep_last=2))
+    store.claim(None)
+    return store
+
+
 _stores: list[CheckpointStore] = []
 
 
-def _begun(folder: Path) -> None:
-    """Claim a run directory, as an attempt does once, and let the one before go."""
+def _begin(folder: Path) -> None:
     while _stores:
         _stores.pop().release()
-    layout = RunLayout(folder)
-    layout.checkpoints.mkdir(mode=0o700)
-    _stores.append(CheckpointStore(layout, Retention(keep_last=2)))
-    _stores[0].claim(None)
+    _stores.append(begun(folder))
 
 
 def _ours_commit(state: State, _: Path) -> None:
@@ -114,18 +125,18 @@ def _ours_commit(state: State, _: Path) -> None:
 
 def _torch_save(state: State, folder: Path) -> None:
     torch.save(state, folder / "a.pt")
-    _durable(folder / "a.pt")
+    durable(folder / "a.pt")
     sync_directory(folder)
 
 
 def _torch_save_without_crc(state: State, folder: Path) -> None:
-    with torch_config.patch("save.compute_crc32", False):
+    with torch_config.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
         _torch_save(state, folder)
 
 
 def _safetensors(state: State, folder: Path) -> None:
     safetensors.torch.save_file(flat(state), folder / "a.safetensors")
-    _durable(folder / "a.safetensors")
+    durable(folder / "a.safetensors")
     sync_directory(folder)
 
 
@@ -163,8 +174,8 @@ def _two_files(state: State, folder: Path) -> None:
     """Hugging Face's way: the model as safetensors, the optimizer by torch.save (transformers.Trainer)."""
     safetensors.torch.save_file(state["model"], folder / "model.safetensors")
     torch.save({key: value for key, value in state.items() if key != "model"}, folder / "optimizer.pt")
-    _durable(folder / "model.safetensors")
-    _durable(folder / "optimizer.pt")
+    durable(folder / "model.safetensors")
+    durable(folder / "optimizer.pt")
     sync_directory(folder)
 
 
@@ -177,11 +188,11 @@ def _check_two_files(state: State, folder: Path) -> bool:
 
 
 def _torchsnapshot(state: State, folder: Path) -> None:
-    import torchsnapshot
+    import torchsnapshot  # type: ignore[import-not-found]
 
     torchsnapshot.Snapshot.take(str(folder / "a"), {"state": torchsnapshot.StateDict(**state)})
     for path in (folder / "a").rglob("*"):
-        _durable(path)
+        durable(path)
     sync_directory(folder)
 
 
@@ -199,7 +210,7 @@ CONTENDERS: dict[str, Contender] = {
         lambda state, folder: _ours_is_sound(state, folder / "checkpoints" / "checkpoint_epoch0000.pt"),
         digest=True,
         checksums=True,
-        prepare=_begun,
+        prepare=_begin,
     ),
     "torch.save + fsync": Contender(_torch_save, _loads("a.pt"), checksums=True),
     "torch.save without CRC + fsync": Contender(_torch_save_without_crc, _loads("a.pt")),

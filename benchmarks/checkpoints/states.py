@@ -55,15 +55,32 @@ def small(count: int, size_bytes: int) -> State:
     return {"model": {f"part{number}": row.clone() for number, row in enumerate(whole)}, "step": 7}
 
 
+def tiny() -> Iterator[tuple[int, ...]]:
+    """Yield the shapes of two linear layers."""
+    yield from [(64, 32), (64,), (10, 64), (10,)]
+
+
 ADAM = ("exp_avg", "exp_avg_sq")
 STATES: dict[str, Callable[[], State]] = {
     "gpt2": lambda: training_state(gpt2(), ADAM, steps=True),
     "gpt2-medium": lambda: training_state(gpt2(width=1024, layers=24), ADAM, steps=True),
     "resnet50": lambda: training_state(resnet50(), ("momentum_buffer",), steps=False),
-    "tiny": lambda: training_state(iter([(64, 32), (64,), (10, 64), (10,)]), ADAM, steps=True),
+    "tiny": lambda: training_state(tiny(), ADAM, steps=True),
     "10000 x 1 KB": lambda: small(10_000, 1024),
     "100000 x 1 KB": lambda: small(100_000, 1024),
 }
+# The same bytes in ever more tensors, and ever more tensors of the same size.
+GROWING: dict[str, Callable[[], State]] = {
+    "10 x 100 MB": lambda: small(10, 100_000_000),
+    "1000 x 1 MB": lambda: small(1_000, 1_000_000),
+    "10000 x 100 KB": lambda: small(10_000, 100_000),
+    "gpt2-medium": STATES["gpt2-medium"],
+    "1000 x 1 KB": lambda: small(1_000, 1024),
+    "10000 x 1 KB": STATES["10000 x 1 KB"],
+    "100000 x 1 KB": STATES["100000 x 1 KB"],
+}
+# The least that a program tries when it has a minute.
+QUICK_GROWING = ("1000 x 1 KB", "10000 x 1 KB")
 
 
 def tensors_of(state: Any) -> Iterator[torch.Tensor]:

@@ -5,18 +5,52 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).parents[2]
 
 
-def test_every_contender_saves_a_state_that_is_read_back(tmp_path):
-    figures = tmp_path / "figures.json"
-    command = [sys.executable, "-m", "benchmarks.checkpoints", "--state", "tiny", "--rounds", "2", "--settle-s", "0"]
-    done = subprocess.run(
-        [*command, "--folder", tmp_path, "--json", figures], cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120
-    )
+def run(module, *arguments):
+    command = [sys.executable, "-W", "ignore", "-m", module, *map(str, arguments)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
-    found = json.loads(figures.read_text())["figures"]["tiny"]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """What all programs have printed and kept; each compares what it has saved or loaded, and fails where that is another state."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    figures = folder / "figures.json"
+    programs = ("saves", "stall", "restore", "growth")
+    quick = ("--quick", "--state", "tiny", "--rounds", "1", "--settle-s", "0")
+    printed = run("benchmarks.checkpoints", *programs, *quick, "--folder", folder, "--json", figures)
+    assert [path.name for path in folder.iterdir()] == ["figures.json"]
+    return figures, printed
+
+
+def cases(measured, section):
+    return json.loads(measured[0].read_text())["sections"][section]
+
+
+def test_every_contender_saves_a_state_that_is_read_back(measured):
+    found = cases(measured, "saves")["tiny"]["contenders"]
     assert len(found) >= 10
-    assert all(len(measured["wall_s"]) == 2 for measured in found.values())
-    assert all(f"| {name} |" in done.stdout for name in found)
-    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
+    assert all(len(rounds["wall_s"]) == 1 for rounds in found.values())
+    assert all(f"| {name} |" in measured[1] for name in found)
+
+
+def test_every_way_of_saving_beside_the_training_saves_the_state_at_the_call(measured):
+    found = cases(measured, "stall")["tiny"]["contenders"]
+    assert len(found) >= 10
+    assert all(rounds["durable_s"][0] > 0 for name, rounds in found.items() if name not in ("no save", "one copy in memory"))
+
+
+def test_every_way_of_loading_brings_the_state_to_life_on_one_process_and_on_several(measured):
+    found = cases(measured, "restore")
+    assert list(found) == ["tiny, 1, cold", "tiny, 1, warm", "tiny, 2, cold"]
+    assert all(len(case["contenders"]) >= 8 for case in found.values())
+
+
+def test_saves_grow_with_bytes_tensors_and_ranks(measured):
+    assert list(cases(measured, "growth")) == ["1000 x 1 KB", "10000 x 1 KB", "1 rank", "2 ranks"]
