@@ -2,7 +2,7 @@
 #   PYTHON=python3.12 make test     another Python
 #   make test REQUIRE_SLURM=1       no Slurm is a failure instead of a skip
 #   make test TESTS=tests/unit      a part of the tests
-#   make bench                      saves beside those of other libraries, 30 minutes; make bench-quick, one minute
+#   make bench                      checkpoints beside those of other libraries, an hour; make bench-quick, two minutes
 #   make chaos                      the faults of tests/faults in full: hundreds of kills, power cuts and full disks, as root
 PYTHON ?= python3
 VENV ?= .venv
@@ -22,10 +22,12 @@ chaos: $(VENV)/.installed faults
 	HPCCKPT_CHAOS=1 HPCCKPT_REQUIRE_SLURM=1 $(BIN)/python -m pytest tests/faults
 
 bench: $(VENV)/.installed
-	$(BIN)/python -W ignore -m benchmarks.checkpoints --json bench.json
+	$(BIN)/python -W ignore -m benchmarks.checkpoints saves stall restore growth --json bench.json
+	$(BIN)/python -W ignore -m benchmarks.startstop --json bench.json
 
 bench-quick: $(VENV)/.installed
-	$(BIN)/python -W ignore -m benchmarks.checkpoints --quick
+	$(BIN)/python -W ignore -m benchmarks.checkpoints saves stall restore growth --quick --settle-s 0.1
+	$(BIN)/python -W ignore -m benchmarks.startstop --quick
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -19,6 +19,11 @@ def table(section: str, case: Case) -> str:
     return _TABLES[section](case)
 
 
+def machine(facts: Mapping[str, object]) -> str:
+    """Return what the figures depend on, in a line."""
+    return ", ".join(f"{key} {value}" for key, value in facts.items())
+
+
 def document_tables(sections: Mapping[str, Section]) -> dict[str, str]:
     """Return all tables of a document by name: of each case, and of several of a section side by side."""
     found = {f"{section} {name}": table(section, case) for section, cases in sections.items() for name, case in cases.items()}

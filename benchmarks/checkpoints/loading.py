@@ -65,9 +65,9 @@ def load(rank: int, world: int, job: str, asked: Job, ready: Callable[[], None])
     loader = LOADERS[asked.loader]
     model, optimizer = fresh(asked.model)
     act = loader.prepare(Place(asked.folder / loader.reads, rank, world, job), (model, optimizer))
-    ready()
     memory.reset_peak()
     resident, private, read = memory.status("VmRSS"), memory.private(os.getpid()), _read_bytes()
+    ready()
     act()
     state = state_of(model, optimizer)
     with torch.no_grad():

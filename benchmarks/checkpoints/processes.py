@@ -10,7 +10,12 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
-_PRELOADED = ["benchmarks.checkpoints.loading", "benchmarks.checkpoints.rank"]
+# What training imports late, at its first optimizer say, would take longer than a small load.
+_PRELOADED = [
+    *("benchmarks.checkpoints.loading", "benchmarks.checkpoints.rank", "benchmarks.checkpoints.__main__", "hpcckpt.run"),
+    *("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.nn.parallel", "torch.profiler", "numpy"),
+    *("torch.optim.swa_utils", "torch.utils.data.datapipes", "torch.distributed.checkpoint.state_dict"),
+]
 _TIMEOUT_S = 600.0
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,36 @@ def test_every_way_of_loading_brings_the_state_to_life_on_one_process_and_on_sev
 
 def test_saves_grow_with_bytes_tensors_and_ranks(measured):
     assert list(cases(measured, "growth")) == ["1000 x 1 KB", "10000 x 1 KB", "1 rank", "2 ranks"]
+
+
+def test_starts_and_stops_are_measured_and_no_command_of_a_login_node_imports_torch(tmp_path):
+    figures = tmp_path / "figures.json"
+    run("benchmarks.startstop", "--quick", "--rounds", "1", "--json", figures)
+    found = cases([figures], "start and stop")
+    assert list(found) == ["start", "commands", "stop"]
+    assert {rounds["imports_torch"][0] for rounds in found["commands"]["contenders"].values()} == {0}
+    assert found["stop"]["contenders"]["hpcckpt, async_save: true"]["save_s"][0] > 0
+
+
+def test_figures_become_pictures_and_tables_always_the_same(measured, tmp_path):
+    document = tmp_path / "page.md"
+    document.write_text("Before\n<!-- table: stall tiny -->\nold\n<!-- end -->\n![saves](saves-tiny.svg)\n")
+    texts = []
+    for _ in range(2):
+        run("benchmarks.pictures", measured[0], tmp_path, "--document", document)
+        texts.append((document.read_text(), (tmp_path / "saves-tiny.svg").read_text()))
+    assert texts[0] == texts[1]
+    assert texts[0][0].startswith("Before\n<!-- table: stall tiny -->\n|  |")
+    assert "old" not in texts[0][0]
+    assert ET.fromstring(texts[0][1]).tag.endswith("svg")
+    assert {path.name for path in tmp_path.iterdir()} == {"page.md", "saves-tiny.svg"}
+
+
+def test_a_table_without_figures_is_named_and_the_document_stays(measured, tmp_path):
+    document = tmp_path / "page.md"
+    document.write_text("<!-- table: stall other -->\nold\n<!-- end -->\n")
+    command = [sys.executable, "-m", "benchmarks.pictures", measured[0], "--document", document]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert "stall other" in done.stderr
+    assert "old" in document.read_text()
