@@ -33,7 +33,7 @@ class Bar:
 
 def picture(heading: str, bars: Sequence[Bar]) -> str:
     """Return an SVG of horizontal bars."""
-    most = max(max(bar.values) for bar in bars) or 1.0
+    most = max(0.0, *(max(bar.values) for bar in bars)) or 1.0
     height = _TOP + _STEP * len(bars) + 12
 
     def x(value: float) -> float:
@@ -67,16 +67,9 @@ def pictures(sections: Mapping[str, Section]) -> Iterator[tuple[str, str]]:
         world, cache = case.facts["world"], case.facts["cache"]
         heading = f"From the file to a live model, {case.facts['model']}, {world} process{'es' * (world > 1)}, page cache {cache}: seconds"
         yield f"restore-{_slug(name)}.svg", picture(heading, _bars(case, "wall_s"))
-    growth = sections.get("growth", {})
-    for kind, is_in in (
-        ("bytes", lambda name: "rank" not in name and not name.endswith(" x 1 KB")),
-        ("tensors", lambda name: name.endswith(" x 1 KB")),
-        ("ranks", lambda name: "rank" in name),
-    ):
-        cases = {name: case for name, case in growth.items() if is_in(name)}
-        if cases:
-            bars = [Bar(f"{name}: {bar.label}", bar.values, bar.color) for name, case in cases.items() for bar in _bars(case, "wall_s")]
-            yield f"growth-{kind}.svg", picture(f"Durable saves over {kind}: seconds", bars)
+    for kind, cases in tables.growth_by_kind(sections.get("growth", {})).items():
+        bars = [Bar(f"{name}: {bar.label}", bar.values, bar.color) for name, case in cases.items() for bar in _bars(case, "wall_s")]
+        yield f"growth-{kind}.svg", picture(f"Durable saves over {kind}: seconds", bars)
 
 
 def filled(text: str, found: Mapping[str, str]) -> str:

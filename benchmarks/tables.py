@@ -29,16 +29,18 @@ def document_tables(sections: Mapping[str, Section]) -> dict[str, str]:
     found = {f"{section} {name}": table(section, case) for section, cases in sections.items() for name, case in cases.items()}
     if "saves" in sections:
         found["saves side by side"] = _side_by_side(sections["saves"])
-    if "growth" in sections:
-        growth = sections["growth"]
-        by_kind = {
-            "bytes": {name: case for name, case in growth.items() if "rank" not in name and not name.endswith(" x 1 KB")},
-            "tensors": {name: case for name, case in growth.items() if name.endswith(" x 1 KB")},
-            "ranks": {name: case for name, case in growth.items() if "rank" in name},
-        }
-        found |= {f"growth by {kind}": _side_by_side(cases) for kind, cases in by_kind.items() if cases}
+    found |= {f"growth by {kind}": _side_by_side(cases) for kind, cases in growth_by_kind(sections.get("growth", {})).items()}
     if "restore" in sections:
         found |= {f"restore side by side {model}": text for model, text in _restores(sections["restore"]).items()}
+    return found
+
+
+def growth_by_kind(section: Section) -> dict[str, Section]:
+    """Return what grows: bytes, tensors or ranks."""
+    found: dict[str, Section] = {}
+    for name, case in section.items():
+        kind = "ranks" if "world" in case.facts else "tensors" if name.endswith(" x 1 KB") else "bytes"
+        found.setdefault(kind, {})[name] = case
     return found
 
 
