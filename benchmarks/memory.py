@@ -30,7 +30,7 @@ def taken(pid: int) -> int:
 
 
 def private(pid: int) -> int:
-    """Return the bytes that are a process's own, and its part of shared memory."""
+    """Return the bytes of a process that no other has, pages of files that it has mapped included, and its part of shared memory."""
     return _rollup(pid, _PRIVATE)
 
 

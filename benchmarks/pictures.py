@@ -106,7 +106,10 @@ def main() -> None:
     drawn = dict(pictures(sections))
     if options.document is not None:
         text = options.document.read_text()
-        found = {**tables.document_tables(sections), "machine": tables.machine(json.loads(options.figures.read_text())["machine"])}
+        found = {
+            **tables.document_tables(sections),
+            "machine": tables.machine(json.loads(options.figures.read_text())["machine"], sections),
+        }
         shown = _SHOWN.findall(text)
         missing = [name for name in (match["name"] for match in _MARKED.finditer(text)) if name not in found]
         if missing := missing + [name for name in shown if name not in drawn]:

@@ -95,6 +95,7 @@ def start(rounds: int, folder: Path) -> Case:
         "hpcckpt, a new run": lambda number: [str(ours), str(folder / f"new{number}")],
         "hpcckpt, going on": lambda _: [str(ours), str(begun)],
     }
+    case.contenders = {name: {} for name in ways}
     for number in range(rounds):
         for name in random.sample(list(ways), len(ways)):
             case.add(name, first_step_s=_first_step(ways[name](number)))
@@ -115,6 +116,7 @@ def commands(rounds: int, folder: Path) -> Case:
         "hpcckpt status": [*cli, "status", str(run)],
         "hpcckpt submit --dry-run": [*cli, "submit", "--dry-run", "cluster=slurm", f"conf={folder / 'x.yaml'}"],
     }
+    case.contenders = {name: {} for name in given}
     for _ in range(rounds):
         for name in random.sample(list(given), len(given)):
             began = time.monotonic()
@@ -136,6 +138,7 @@ def stop(rounds: int, folder: Path, model: str) -> Case:
         "hpcckpt, async_save: true": (ours, "true"),
         "hpcckpt, async_save: false": (ours, "false"),
     }
+    case.contenders = {name: {} for name in ways}
     for number in range(rounds):
         for name in random.sample(list(ways), len(ways)):
             script, how = ways[name]

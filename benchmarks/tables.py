@@ -19,9 +19,11 @@ def table(section: str, case: Case) -> str:
     return _TABLES[section](case)
 
 
-def machine(facts: Mapping[str, object]) -> str:
+def machine(facts: Mapping[str, object], sections: Mapping[str, Section]) -> str:
     """Return what the figures depend on, in a line."""
-    return ", ".join(f"{key} {value}" for key, value in facts.items())
+    cases = [case for section in sections.values() for case in section.values()]
+    counts = [max(map(len, rounds.values())) for case in cases for rounds in case.contenders.values()]
+    return ", ".join([*(f"{key} {value}" for key, value in facts.items()), f"rounds {min(counts)} to {max(counts)}"])
 
 
 def document_tables(sections: Mapping[str, Section]) -> dict[str, str]:

@@ -66,7 +66,8 @@ def load(rank: int, world: int, job: str, asked: Job, ready: Callable[[], None])
     model, optimizer = fresh(asked.model)
     act = loader.prepare(Place(asked.folder / loader.reads, rank, world, job), (model, optimizer))
     memory.reset_peak()
-    resident, private, read = memory.status("VmRSS"), memory.private(os.getpid()), _read_bytes()
+    resident, read = memory.status("VmRSS"), _read_bytes()
+    taken, private = memory.taken(os.getpid()), memory.private(os.getpid())
     ready()
     act()
     state = state_of(model, optimizer)
@@ -79,7 +80,8 @@ def load(rank: int, world: int, job: str, asked: Job, ready: Callable[[], None])
         "ended": ended,
         "read_bytes": _read_bytes() - read,
         "resident_bytes": memory.status("VmHWM") - resident - came,
-        "kept_bytes": memory.private(os.getpid()) - private - came,
+        "kept_bytes": memory.taken(os.getpid()) - taken - came,
+        "private_bytes": memory.private(os.getpid()) - private - came,
         "came_bytes": came,
         "digests": {} if loader.is_limit else digests(state),
     }

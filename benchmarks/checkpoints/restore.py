@@ -74,6 +74,7 @@ def _once(case: Case, folder: Path, job: Job, made: dict[str, Any], *, watch: bo
                 read_bytes=sum(result["read_bytes"] for result in results),
                 resident_bytes=statistics.mean(result["resident_bytes"] for result in results),
                 kept_bytes=sum(result["kept_bytes"] for result in results),
+                private_bytes=sum(result["private_bytes"] for result in results),
             )
     if not LOADERS[job.loader].is_limit and any(result["digests"] != made["digests"] for result in results):
         sys.exit(f"{job.loader}: what was loaded is not what was saved")
