@@ -5,10 +5,13 @@ an offset needs it (APPNOTE.TXT of PKWARE, 4.3 and 4.5; PyTorch's caffe2/seriali
 each entry lies follows from names and sizes alone; only the CRCs wait for the data.
 """
 
+import bisect
+import operator
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 _ALIGNMENT_BYTES = 64
 # So much is checked at a time that it is still in the CPU's cache when it is copied, and small entries are gathered up to it.
@@ -69,16 +72,9 @@ def archived(records: Iterable[Record]) -> Iterator[bytes | bytearray | memoryvi
     count = 0
     for record in records:
         name, size = record.name.encode(), record.size_bytes
-        is_small = size < _LARGE and offset < _LARGE
-        extra = b"" if is_small else _zip64_extra(size, size, offset)
+        extra = b"" if size < _LARGE and offset < _LARGE else _zip64_extra(size, size, offset)
         start = _data_offset(offset, len(name), len(extra))
-        padding = _PADDINGS[start - offset - _LOCAL.size - len(name) - len(extra)]
-        flags = _UTF8_NAME | _SIZES_BEHIND if size else _UTF8_NAME
-        small += _LOCAL.pack(b"PK\3\4", 0, flags, 0, 0, 0, 0, 0, 0, len(name), len(extra) + len(padding))
-        small += name
-        if extra:
-            small += _zip64_extra(size, 0, offset)  # of what is stored, torch knows the size behind it only
-        small += padding
+        small += _header(name, size, len(extra), offset, start)
         data = record.load()
         if len(data) != size:
             raise ValueError(f"{record.name} has {len(data)} bytes, but {size} were said")
@@ -95,23 +91,149 @@ def archived(records: Iterable[Record]) -> Iterator[bytes | bytearray | memoryvi
                 yield piece
                 del piece
         del data  # may be a copy from another device
-        descriptor = (_DESCRIPTOR64 if extra else _DESCRIPTOR).pack(b"PK\7\x08", crc, size, size) if size else b""
+        descriptor = _descriptor(size, crc, is_large=bool(extra))
         small += descriptor
-        said, at = (size, offset) if is_small else (min(size, _LARGE), min(offset, _LARGE))
-        central += _CENTRAL.pack(b"PK\1\2", 0, 0, flags, 0, 0, 0, crc, said, said, len(name), len(extra), 0, 0, 0, 0, at)
-        central += name
-        central += extra
+        central += _listed(name, size, extra, offset, crc)
         offset = start + size + len(descriptor)
         count += 1
         if len(small) >= _PIECE_BYTES:
             yield small
             small.clear()
-    end = _END64.pack(b"PK\6\6", _END64.size - 12, 0x031E, 45, 0, 0, count, count, len(central), offset)
-    end += _LOCATOR.pack(b"PK\6\7", 0, offset + len(central), 1)
-    end += _END.pack(b"PK\5\6", 0, 0, min(count, _MANY), min(count, _MANY), min(len(central), _LARGE), min(offset, _LARGE), 0)
     yield small
     yield central
-    yield end
+    yield _end(count, len(central), offset)
+
+
+class Layout:
+    """Where everything lies in the zip file of some entries; any part of it can be had, by whoever has the data in that part."""
+
+    def __init__(self, entries: Iterable[tuple[str, int]]) -> None:
+        """Take name and size in bytes of each entry."""
+        self._places: list[_Place] = []
+        self.central_at = central_bytes = 0
+        for name, size in entries:
+            place = _Place.of(name, size, self.central_at)
+            self._places.append(place)
+            self.central_at = place.end
+            central_bytes += _CENTRAL.size + len(place.name) + len(place.extra)
+        self.size_bytes = self.central_at + central_bytes + _END64.size + _LOCATOR.size + _END.size
+
+    def part(
+        self, first: int, last: int, load: Callable[[int], memoryview], crcs: dict[int, int], seen: Callable[[int, memoryview], object]
+    ) -> Iterator[bytes | memoryview]:
+        """Yield the bytes from `first` up to `last`, all before the central directory, in pieces; each is used before the next one.
+
+        A CRC that stands in the part is that of the whole entry, which is read from its beginning for that, wherever the part begins.
+
+        Args:
+            first: where it begins.
+            last: where it ends.
+            load: gives the data of an entry by its number.
+            crcs: gets those that stand in the part, by number.
+            seen: is shown all data that were read, in the order of `read_for`.
+        """
+        for number, place, low, high in self._overlaps(first, last):
+            if first < place.start:
+                yield place.header()[max(first - place.offset, 0) : last - place.offset]
+            begin = max(first - place.start, 0)
+            crc = 0
+            if low < high:
+                data = load(number)
+                if len(data) != place.size:
+                    raise ValueError(f"{place.name.decode()} has {len(data)} bytes, but {place.size} were said")
+                for at in (*range(low, min(begin, high), _PIECE_BYTES), *range(min(begin, high), high, _PIECE_BYTES)):
+                    is_written = at >= begin
+                    piece = data[at : min(at + _PIECE_BYTES, high if is_written else begin)]
+                    if last > place.data_end:
+                        crc = zlib.crc32(piece, crc)
+                    seen(number, piece)
+                    if is_written:
+                        yield piece
+                    del piece
+                del data  # may be a copy from another device
+            if place.size and last > place.data_end:
+                crcs[number] = crc
+                yield place.descriptor(crc)[max(first - place.data_end, 0) : last - place.data_end]
+
+    def read_for(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+        """Yield what `part` reads: number of an entry, and from where to where of its data."""
+        for number, _, low, high in self._overlaps(first, last):
+            if low < high:
+                yield number, low, high
+
+    def ending(self, crcs: Mapping[int, int]) -> bytes:
+        """Return what stands behind the entries, which names the CRCs of all that are not empty."""
+        central = b"".join(place.listed(crcs[number] if place.size else 0) for number, place in enumerate(self._places))
+        return central + _end(len(self._places), len(central), self.central_at)
+
+    def _overlaps(self, first: int, last: int) -> Iterator[tuple[int, "_Place", int, int]]:
+        """Yield entries that have bytes in a part, and from where to where their data are needed for it."""
+        begin = bisect.bisect_right(self._places, first, key=operator.attrgetter("end"))
+        for number in range(begin, len(self._places) if first < last else begin):
+            place = self._places[number]
+            if place.offset >= last:
+                return
+            needs_crc = last > place.data_end
+            high = max(min(last - place.start, place.size), 0)
+            low = 0 if needs_crc else min(max(first - place.start, 0), high)
+            yield number, place, low, high
+
+
+class _Place(NamedTuple):
+    """Where an entry lies: its header, its data, and the descriptor behind them, which an empty one does not have."""
+
+    name: bytes
+    size: int
+    extra: bytes
+    offset: int
+    start: int
+    data_end: int
+    end: int
+
+    @classmethod
+    def of(cls, name: str, size: int, offset: int) -> Self:
+        """Return the place of an entry whose header is at `offset`."""
+        encoded = name.encode()
+        extra = b"" if size < _LARGE and offset < _LARGE else _zip64_extra(size, size, offset)
+        start = _data_offset(offset, len(encoded), len(extra))
+        return cls(encoded, size, extra, offset, start, start + size, start + size + len(_descriptor(size, 0, is_large=bool(extra))))
+
+    def header(self) -> bytes:
+        """Return what stands before the data."""
+        return _header(self.name, self.size, len(self.extra), self.offset, self.start)
+
+    def descriptor(self, crc: int) -> bytes:
+        """Return what stands behind the data."""
+        return _descriptor(self.size, crc, is_large=bool(self.extra))
+
+    def listed(self, crc: int) -> bytes:
+        """Return its line of the central directory."""
+        return _listed(self.name, self.size, self.extra, self.offset, crc)
+
+
+def _header(name: bytes, size: int, extra_bytes: int, offset: int, start: int) -> bytes:
+    padding = _PADDINGS[start - offset - _LOCAL.size - len(name) - extra_bytes]
+    flags = _UTF8_NAME | _SIZES_BEHIND if size else _UTF8_NAME
+    header = _LOCAL.pack(b"PK\3\4", 0, flags, 0, 0, 0, 0, 0, 0, len(name), extra_bytes + len(padding)) + name
+    # Of what is stored, torch knows the size behind it only.
+    return header + _zip64_extra(size, 0, offset) + padding if extra_bytes else header + padding
+
+
+def _descriptor(size: int, crc: int, *, is_large: bool) -> bytes:
+    return (_DESCRIPTOR64 if is_large else _DESCRIPTOR).pack(b"PK\7\x08", crc, size, size) if size else b""
+
+
+def _listed(name: bytes, size: int, extra: bytes, offset: int, crc: int) -> bytes:
+    flags = _UTF8_NAME | _SIZES_BEHIND if size else _UTF8_NAME
+    said, at = (min(size, _LARGE), min(offset, _LARGE)) if extra else (size, offset)
+    return _CENTRAL.pack(b"PK\1\2", 0, 0, flags, 0, 0, 0, crc, said, said, len(name), len(extra), 0, 0, 0, 0, at) + name + extra
+
+
+def _end(count: int, central_bytes: int, offset: int) -> bytes:
+    end = _END64.pack(b"PK\6\6", _END64.size - 12, 0x031E, 45, 0, 0, count, count, central_bytes, offset)
+    end += _LOCATOR.pack(b"PK\6\7", 0, offset + central_bytes, 1)
+    end += _END.pack(b"PK\5\6", 0, 0, min(count, _MANY), min(count, _MANY), min(central_bytes, _LARGE), min(offset, _LARGE), 0)
+    return end
 
 
 def _data_offset(offset: int, name_bytes: int, extra_bytes: int) -> int:

@@ -11,8 +11,9 @@ from typing import Any, NoReturn
 import torch
 
 from hpcckpt import policy, scheduler
-from hpcckpt.background import Background, Files
+from hpcckpt.background import Background
 from hpcckpt.config import RunConfig
+from hpcckpt.crew import Crew, SharedFiles
 from hpcckpt.distributed import Agreement, Ranks, Wish
 from hpcckpt.environment import TaskEnvironment
 from hpcckpt.errors import AgreementError, FencedError
@@ -71,10 +72,10 @@ class Attempt:
         self.recorder = Recorder(layout, config.name) if ranks.is_main else None
         beside = ranks.is_main and config.checkpoint.async_save
         self._background = Background((config.requeue.signal, "TERM"), self.note) if beside else None
+        crew = Crew.formed(ranks, config.checkpoint.writers, task.local_rank, self.note)
         settings = config.checkpoint
-        self.files = Files(
-            self.store, self.ledger, self._background, skips=settings.when_busy == "skip", is_lazy=settings.staging == "lazy"
-        )
+        ways = {"skips": settings.when_busy == "skip", "is_lazy": settings.staging == "lazy"}
+        self.files = SharedFiles(self.store, self.ledger, self._background, **ways, crew=crew)
         self.agreement = Agreement(ranks.store, task.rank, task.world_size, name=f"agreement {generation}")
         self._watch = Watch(layout.stop, latch, self._killed_in_s, self._overdue) if ranks.is_main else None
         self._next_save: float | None = None

@@ -15,6 +15,7 @@ import torch
 
 from hpcckpt.background import Files
 from hpcckpt.content import Prepared, conditions_of, prepared
+from hpcckpt.crew import SharedFiles
 from hpcckpt.data import STATES, Loops
 from hpcckpt.distributed import Collectives, Ranks, has_varying_buckets
 from hpcckpt.errors import FencedError
@@ -85,6 +86,7 @@ class Checkpointer:
         self._here = here
         self._store, self._ledger = files.store, files.ledger
         self._background, self._skips, self._is_lazy = files.background, files.skips, files.is_lazy
+        self._crew = files.crew if isinstance(files, SharedFiles) else None
         self._holds_steps = False
         self._given: dict[str, Any] = {}
         self._origin: Origin | None = None
@@ -171,24 +173,24 @@ class Checkpointer:
             if number in of_ranks[0][2]:
                 loader[STATES] = [streams[number] for _, _, streams, _ in of_ranks]
         state = collected(self._ranks, self._tracked, None if boundary is None else boundary.tracked)
-        self._ranks.from_main(
-            lambda: self._commit(
-                prepared(
-                    position,
-                    state(),
-                    wrapper=self._tracked.wrapper(),
-                    metrics=metrics,
-                    data_state=data_state,
-                    generators=[generators for generators, *_ in of_ranks],
-                    conditions=[here for _, here, *_ in of_ranks],
-                    hyperparameters=self._given,
-                ),
-                coming,
-                reason,
-                called,
-                at_once=at_once,
+
+        def commit() -> None:
+            checkpoint = prepared(
+                position,
+                state(),
+                wrapper=self._tracked.wrapper(),
+                metrics=metrics,
+                data_state=data_state,
+                generators=[generators for generators, *_ in of_ranks],
+                conditions=[here for _, here, *_ in of_ranks],
+                hyperparameters=self._given,
             )
-        )
+            self._commit(checkpoint, coming, reason, called, at_once=at_once)
+
+        if self._crew is None:
+            self._ranks.from_main(commit)
+        else:
+            self._crew.together(commit, state, "its state is sharded" if self._tracked.has_sharded() else None)
 
     def settle(self) -> None:
         """Return when everything that was saved is durable. Every rank must call it.
@@ -230,7 +232,7 @@ class Checkpointer:
             restored: Restored = self._ranks.together(
                 lambda: read(path, self._layout, lambda content: self._load(content, path, origin, loops), source)
             )
-        if self._background is not None and not origin.weights_only:
+        if self._background is not None and self._crew is None and not origin.weights_only:
             self._background.prepare(path.stat().st_size)
         if restored.exactness is None:
             return restored
@@ -257,11 +259,13 @@ class Checkpointer:
     def _commit(self, checkpoint: Prepared, coming: _Place, reason: str, called: float, *, at_once: bool) -> None:
         """Write a checkpoint, or have it written beside the training, and note it. Rank 0."""
         began = time.monotonic()
-        write = None if at_once or self._background is None else self._background.stage(checkpoint.content, self._left_for_later())
+        together = None if self._crew is None else self._crew.shared(checkpoint.content)
+        beside = None if at_once or together is not None else self._background
+        write = None if beside is None else beside.stage(checkpoint.content, self._left_for_later())
         self._newest = coming
         if write is None or self._background is None:
             try:
-                self._noted(checkpoint.commit(self._store), checkpoint.position, reason, began)
+                self._noted(checkpoint.commit(self._store, together), checkpoint.position, reason, began)
             except BaseException:
                 self._newest = None
                 raise
@@ -283,7 +287,7 @@ class Checkpointer:
 
     def _prepare_at_first_step(self) -> None:
         """Have memory for the state's copy made ready as soon as it is known how large it gets: when the optimizers have made a step."""
-        if (background := self._background) is not None:
+        if (background := self._background) is not None and self._crew is None:
             for optimizer in self._tracked.optimizers():
                 after_first_step(optimizer, lambda: background.prepare(self._tracked.size_bytes()))
 

@@ -48,6 +48,7 @@ def problems(config: RunConfig) -> Iterator[str]:
     yield from _choice("checkpoint.mode", checkpoint.mode, ("min", "max"))
     yield from _choice("checkpoint.staging", checkpoint.staging, ("eager", "lazy"))
     yield from _choice("checkpoint.when_busy", checkpoint.when_busy, ("wait", "skip"))
+    yield from _choice("checkpoint.writers", checkpoint.writers, ("rank0", "node_leaders", "all"))
     yield from _choice("checkpoint.locking", checkpoint.locking, ("flock", "off"))
     yield from _choice("requeue.signal", requeue.signal, ("USR1", "USR2"))
     # torch.manual_seed takes 64 bits; a negative seed would mean another generator state than it says.

@@ -55,6 +55,7 @@ class CheckpointConfig:
     async_save: bool = True
     staging: str = "eager"
     when_busy: str = "wait"
+    writers: str = "rank0"
     locking: str = "flock"
 
 

@@ -125,6 +125,11 @@ class Pickled:
         head, tail = ([(record.name, record.size_bytes) for record in some] for some in (self._head(), self._tail()))
         return head + data + tail
 
+    def large(self, least_bytes: int) -> list[int]:
+        """Return the numbers of those entries that are storages of at least so many bytes."""
+        first = len(self._head())
+        return [first + key for key, storage in enumerate(self.storages) if storage.nbytes() >= least_bytes]
+
     def put(self, memory: mmap.mmap, starts: Sequence[int], later: Collection[int] = ()) -> list[tuple[torch.UntypedStorage, int]]:
         """Copy the data of each entry to its place in memory; behind that, what they were copied from may change.
 

@@ -4,13 +4,15 @@ XXH3 finds damage, as SHA-256 did in earlier versions, at ten times its speed; n
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final, Protocol
 
 import xxhash
 
 # A leaf of the tree.
 BLOCK_BYTES: Final = 16 * 1024 * 1024
+# What a leaf is hashed with.
+Leaf: Final = xxhash.xxh3_128
 
 
 class Digest(Protocol):
@@ -30,7 +32,7 @@ class Blocks:
 
     def __init__(self) -> None:
         self._tree = xxhash.xxh3_128()
-        self._block = xxhash.xxh3_128()
+        self._block = Leaf()
         self._filled_bytes = 0
 
     def update(self, data: memoryview) -> None:
@@ -44,6 +46,13 @@ class Blocks:
                 self._block.reset()
                 self._filled_bytes = 0
             data = data[len(part) :]
+
+    def append(self, leaves: Iterable[bytes]) -> None:
+        """Take in the next blocks by their digests, whoever hashed them; only the last block of all may be smaller than others."""
+        if self._filled_bytes:
+            raise ValueError("a block is not complete; leaves can be appended behind whole blocks only")
+        for leaf in leaves:
+            self._tree.update(leaf)
 
     def text(self) -> str:
         """Return the digest with its algorithm, as manifests have it."""

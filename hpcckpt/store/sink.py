@@ -42,7 +42,7 @@ class Sink(io.RawIOBase):
         # None where a write was interrupted: a buffer was handed over, and no other one came back.
         self._buffer: mmap.mmap | None
         try:
-            self._buffer = _take_buffer()
+            self._buffer = take_buffer()
         except BaseException:
             os.close(descriptor)
             raise
@@ -136,7 +136,7 @@ class Sink(io.RawIOBase):
             # An interruption of that leaves all to the thread, which may still write.
             if self._writer is None or not self._writer.is_alive:
                 if self._buffer is not None:
-                    _give_back(self._buffer)
+                    give_back(self._buffer)
                 os.close(self._descriptor)
 
     @property
@@ -176,7 +176,7 @@ class _Writer:
         self._failure: BaseException | None = None
         self._way = Way(descriptor)
         for _ in range(_BUFFERS - 1):
-            self._empty.put(_take_buffer())
+            self._empty.put(take_buffer())
         self._thread = threading.Thread(target=self._run, name="hpcckpt-writer", daemon=True)
         try:
             self._thread.start()
@@ -202,7 +202,7 @@ class _Writer:
             self._filled.put(None)
             self._thread.join()
         while not self._empty.empty():
-            _give_back(self._empty.get())
+            give_back(self._empty.get())
 
     def raise_failure(self) -> None:
         """Raise what the thread met."""
@@ -223,12 +223,14 @@ class _Writer:
             self._empty.put(buffer)
 
 
-def _give_back(buffer: mmap.mmap) -> None:
+def give_back(buffer: mmap.mmap) -> None:
+    """Keep a buffer for who needs one next."""
     if len(_SPARE) < _BUFFERS:
         _SPARE.append(buffer)
 
 
-def _take_buffer() -> mmap.mmap:
+def take_buffer() -> mmap.mmap:
+    """Return memory for a block, at a page's beginning, with anything in it."""
     with contextlib.suppress(IndexError):
         return _SPARE.pop()
     # Of pages, as O_DIRECT wants it; a forked process has its own.

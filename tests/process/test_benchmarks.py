@@ -88,3 +88,11 @@ def test_a_table_without_figures_is_named_and_the_document_stays(measured, tmp_p
     assert done.returncode == 2
     assert "stall other" in done.stderr
     assert "old" in document.read_text()
+
+
+def test_two_writers_who_are_held_to_a_rate_are_faster_than_one(tmp_path):
+    printed = run("benchmarks.writers", "--quick", "--folder", tmp_path)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["writers", "1", "2"]
+    assert float(rows[2][3]) > 1.2, printed
+    assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ from hpcckpt.errors import ConfigError
 
 ENTRY = "entrypoint: a.b:main\n"
 
-# DESIGN.md, section 4: a contract. A key that is still to come: checkpoint.writers.
+# DESIGN.md, section 4: a contract.
 CONTRACT = """
 run_dir: runs/${name}
 args: {}
@@ -23,7 +23,7 @@ slurm: {nodes: 1, tasks_per_node: 1, gpus_per_node: 0, cpus_per_task: 1, mem_gb:
         account: null, qos: null, constraint: null, gres: null, reservation: null, exclude: null, dependency: null,
         comment: null, mail_type: null, mail_user: null, setup: [], python: null, extra: {}}
 checkpoint: {every_epochs: 1, every_steps: null, every_minutes: null, keep_last: 3, keep_best: 1, keep_every_epochs: null,
-             monitor: null, mode: min, async_save: true, staging: eager}
+             monitor: null, mode: min, async_save: true, staging: eager, writers: rank0}
 requeue: {enabled: true, signal: USR1, lead_time_s: 120, max_requeues: 100, max_stalled: 3}
 resume: {from: latest, epoch: null, step: null, weights_only: false}
 seed: 0

@@ -45,6 +45,7 @@ def refused(key: str, value: object) -> str:
         ("checkpoint.keep_last", 1, "must be at least 2"),
         ("checkpoint.keep_best", -1, "must be at least 0"),
         ("checkpoint.locking", "none", "is not one of flock, off"),
+        ("checkpoint.writers", "rank1", "is not one of rank0, node_leaders, all; did you mean rank0?"),
         ("checkpoint.staging", "late", "is not one of eager, lazy"),
         ("checkpoint.when_busy", "queue", "is not one of wait, skip"),
         ("checkpoint.every_epochs", 0, "must be at least 1"),

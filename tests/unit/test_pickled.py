@@ -258,3 +258,12 @@ def test_no_storage_is_read_before_its_turn():
 def test_an_entry_of_another_size_than_was_said_is_an_error():
     with pytest.raises(ValueError, match="has 3 bytes, but 4 were said"):
         list(archived([Record("a", 4, lambda: memoryview(b"abc"))]))
+
+
+def test_entries_that_are_large_storages_are_known_by_their_numbers():
+    found = pickled({"a": torch.ones(3), "b": torch.ones(300), "words": "w" * 5000, "c": torch.ones(200)})
+    records = list(found)
+    assert [(records[number].name, records[number].size_bytes) for number in found.large(800)] == [
+        ("archive/data/1", 1200),
+        ("archive/data/2", 800),
+    ]

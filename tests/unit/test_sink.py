@@ -161,7 +161,7 @@ def test_a_file_that_cannot_be_taken_over_is_closed(tmp_path, monkeypatch):
     def refuse():
         raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
-    monkeypatch.setattr(sink, "_take_buffer", refuse)
+    monkeypatch.setattr(sink, "take_buffer", refuse)
     before = os.listdir("/proc/self/fd")
     with pytest.raises(OSError, match="allocate"):
         Sink(opened(tmp_path / "a"))
