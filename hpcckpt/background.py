@@ -5,6 +5,7 @@ The copy goes to memory that is kept from save to save, in the shape of the file
 The state may change as soon as `stage` has returned. One save at a time is on its way: memory for more would be the training's.
 """
 
+import contextlib
 import ctypes
 import io
 import threading
@@ -71,8 +72,10 @@ class Background:
                 return
 
         self._settle_memory()
-        self._warming = threading.Thread(target=warm, name="hpcckpt-warming", daemon=True)
-        self._warming.start()
+        warming = threading.Thread(target=warm, name="hpcckpt-warming", daemon=True)
+        with contextlib.suppress(RuntimeError):  # a limit of threads: the first save takes longer
+            warming.start()
+            self._warming = warming
 
     def stage(self, content: Any, later: Mapping[int, torch.Tensor] | None = None) -> Callable[[IO[bytes]], None] | None:
         """Copy what torch.save would write of `content`; returns what writes that into a file, None where there is no memory for it.

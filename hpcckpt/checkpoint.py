@@ -4,6 +4,7 @@ Both are collectives, and neither can leave a rank waiting: whatever rank 0 meet
 attempt) is raised on every rank.
 """
 
+import contextlib
 import copy
 import time
 from collections.abc import Callable, Mapping
@@ -233,7 +234,8 @@ class Checkpointer:
                 lambda: read(path, self._layout, lambda content: self._load(content, path, origin, loops), source)
             )
         if self._background is not None and self._crew is None and not origin.weights_only:
-            self._background.prepare(path.stat().st_size)
+            with contextlib.suppress(OSError):  # gone, perhaps, if it is another run's; the other ranks must not wait for this one
+                self._background.prepare(path.stat().st_size)
         if restored.exactness is None:
             return restored
         # What differs may do so on one rank only: another kind of GPU, say.

@@ -148,6 +148,18 @@ def test_prepared_memory_is_what_the_first_save_uses(background, tmp_path):
     assert_equal(torch.load(tmp_path / "a.pt", weights_only=True), content)
 
 
+def test_memory_that_no_thread_can_prepare_comes_with_the_first_save(background, tmp_path, monkeypatch):
+    def refuse(_):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        background.prepare(8 * MIB)
+    content = {"a": torch.ones(3)}
+    write_durably(tmp_path / "a.pt", background.stage(content))
+    assert_equal(torch.load(tmp_path / "a.pt", weights_only=True), content)
+
+
 def test_without_memory_it_says_so_once_and_the_caller_saves_itself(background, notes, monkeypatch):
     monkeypatch.setattr(image_module, "available_bytes", lambda: 260 * MIB)
     background.prepare(8 * MIB)

@@ -275,6 +275,34 @@ def in_memory():
     return mapped + [link for link in links if "memfd:hpcckpt" in os.readlink(link)]
 
 
+class Deleting:
+    """Deletes a file while it is loaded."""
+
+    def __init__(self, path=None):
+        self.path = path
+
+    def state_dict(self):
+        return {"number": 1}
+
+    def load_state_dict(self, _):
+        self.path.unlink()
+
+
+def test_a_file_that_goes_away_behind_the_load_is_no_error(layout):
+    """Another run's, which deletes it: this rank alone would fail, and the others wait for it."""
+    first = Attempt(layout, model=nn.Linear(3, 4), other=Deleting())
+    first.save(0)
+    (path,) = layout.checkpoints.glob("*.pt")
+    prepared = []
+    background = type("Background", (), {"prepare": lambda _, size: prepared.append(size)})()
+    second = Attempt(layout, model=nn.Linear(3, 4), other=Deleting(path))
+    second.checkpointer._background = background
+    restored = second.checkpointer.restore(Loops())
+    assert restored.place.position.epoch == 0
+    assert not path.exists()
+    assert prepared == []
+
+
 def test_nothing_of_the_file_stays_in_memory_not_even_for_the_place_in_a_stream(layout):
     loops = streaming()
     place, loop = loops.create(loops._loaders[0][0], 0)
